@@ -1,0 +1,37 @@
+# make reproduce: environment, then every notebook top to bottom on the embedded default, figures into figures/
+# make test:      environment, then all tests
+# Python 3.11, 3.12 or 3.13; another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export MPLBACKEND ?= agg
+READY := .venv/ready
+
+.PHONY: reproduce test environment readme clean
+
+reproduce: environment
+	$(BIN)/nbdev_test --n_workers 1 --do_print --timing
+	@echo "figures are in figures/"
+
+test: environment
+	$(BIN)/python -m pytest -q --durations=8
+
+environment: $(READY)
+
+$(READY): requirements.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "the locked environment needs Python 3.11, 3.12 or 3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# README.md is rendered from nbs/index.ipynb; its links are turned to start from the top of the repository
+README := README.md
+readme:
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
+	  sed -E 's#\]\(([^:)]*\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' > $(README)
+
+clean:
+	rm -rf .venv build dist *.egg-info
