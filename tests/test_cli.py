@@ -1,0 +1,143 @@
+"The command line as a stranger meets it: odd pictures, damaged files, folders that cannot be written."
+import os, pickle, subprocess, sys
+from pathlib import Path
+import numpy as np
+import pytest, torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from ultra_nb.cli import main
+from ultra_nb.models import embedded
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+RGB = Image.fromarray(PIXELS)
+
+def exif(path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    RGB.save(path, exif=turned)
+
+READABLE = {
+    "cmyk.jpg": lambda p: RGB.convert("CMYK").save(p),
+    "sixteen_bit.png": lambda p: Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257).save(p),
+    "rgba.png": lambda p: RGB.convert("RGBA").save(p),
+    "palette.png": lambda p: RGB.quantize(16).save(p),
+    "grey.png": lambda p: RGB.convert("L").save(p),
+    "bilevel.png": lambda p: RGB.convert("1").save(p),
+    "animated.gif": lambda p: RGB.save(p, save_all=True, append_images=[RGB.transpose(Image.Transpose.ROTATE_180)]),
+    "turned.jpg": exif,
+    "one_pixel.png": lambda p: RGB.resize((1, 1)).save(p),
+    "narrow.png": lambda p: RGB.resize((2000, 3)).save(p),
+}
+
+@pytest.mark.parametrize("name", READABLE)
+def test_readable_pictures_work(name, tmp_path, capsys):
+    READABLE[name](tmp_path / name)
+    assert main(["segment", str(tmp_path / name), "--clusters", "2", "--out", str(tmp_path / "mask.png"), "--overlay", str(tmp_path / "over.png")]) == 0
+    size = (40, 60) if name == "turned.jpg" else Image.open(tmp_path / name).size
+    assert Image.open(tmp_path / "mask.png").size == Image.open(tmp_path / "over.png").size == size
+    assert main(["explain", str(tmp_path / name), "--at", "0,0", "--mode", "diagonal", "--out", str(tmp_path / "fig.png")]) == 0
+    assert np.asarray(Image.open(tmp_path / "fig.png").convert("RGB")).std() > 1
+
+def test_a_huge_picture_keeps_its_size(tmp_path, monkeypatch):
+    "200 megapixels, flat so that writing it is quick; the mask has every pixel, a far point is inside"
+    Image.new("RGB", (20000, 10000), "olive").save(tmp_path / "huge.png", compress_level=1)
+    assert main(["segment", str(tmp_path / "huge.png"), "--clusters", "2", "--out", str(tmp_path / "mask.png")]) == 0
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert Image.open(tmp_path / "mask.png").size == (20000, 10000)
+    assert main(["explain", str(tmp_path / "huge.png"), "--at", "19999,9999", "--out", str(tmp_path / "fig.png")]) == 0
+    assert main(["explain", str(tmp_path / "huge.png"), "--at", "20000,0", "--out", str(tmp_path / "out.png")]) == 1
+
+def test_a_turned_photograph_is_the_upright_one(tmp_path):
+    exif(tmp_path / "turned.jpg")
+    RGB.save(tmp_path / "plain.jpg")
+    Image.open(tmp_path / "plain.jpg").transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    for name in ("turned.jpg", "upright.png"): assert main(["segment", str(tmp_path / name), "--clusters", "3", "--out", str(tmp_path / f"{name}.mask.png")]) == 0
+    masks = [np.asarray(Image.open(tmp_path / f"{n}.mask.png")) for n in ("turned.jpg", "upright.png")]
+    assert (masks[0] == masks[1]).mean() > 0.98
+
+class Evil:
+    "Would leave a file behind if it were ever unpickled"
+    def __init__(self, folder): self.folder = folder
+    def __reduce__(self): return os.mkdir, (str(self.folder / "ran"),)
+
+def weights(change):
+    def make(path):
+        state = load_file(embedded("scenes_clip.safetensors"))
+        change(state)
+        save_file(state, path)
+    return make
+
+def truncated(path):
+    whole = embedded("scenes_clip.safetensors").read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+
+BAD_WEIGHTS = {
+    "nan": (weights(lambda s: s["visual.conv1.weight"].fill_(float("nan"))), "visual.conv1.weight"),
+    "other_model": (weights(lambda s: [s.pop(k) for k in list(s) if "resblocks.7" in k]), "resblocks.7"),
+    "truncated": (truncated, "fetch it again"),
+    "code.pth": (lambda p: p.write_bytes(pickle.dumps(Evil(p.parent), protocol=2)), "convert it to safetensors"),
+    "code.pt": (lambda p: torch.save({"a": Evil(p.parent)}, p), "convert it to safetensors"),
+    "empty": (lambda p: p.write_bytes(b""), "empty"),
+    "text": (lambda p: p.write_text("no weights at all"), "safetensors"),
+}
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+def test_bad_weights_are_one_line(name, tmp_path, capsys):
+    make, words = BAD_WEIGHTS[name]
+    path = tmp_path / (name if "." in name else f"{name}.safetensors")
+    make(path)
+    assert main(["explain", "--weights", str(path), "--out", str(tmp_path / "fig.png")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and words in said[0] and said[0].startswith("ultra-nb: ") and [p.name for p in tmp_path.iterdir()] == [path.name], said
+
+BAD_PICTURES = {
+    "truncated.png": lambda p: p.write_bytes(Path(make_png(p)).read_bytes()[:400]),
+    "text.jpg": lambda p: p.write_text("no picture"),
+    "empty.png": lambda p: p.write_bytes(b""),
+    "folder.png": lambda p: p.mkdir(),
+    "missing.png": lambda p: None,
+}
+
+def make_png(path):
+    RGB.save(path)
+    return path
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures_are_one_line(name, tmp_path, capsys):
+    BAD_PICTURES[name](tmp_path / name)
+    assert main(["segment", str(tmp_path / name), "--out", str(tmp_path / "mask.png")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and name in said[0] and not (tmp_path / "mask.png").exists(), said
+
+def test_a_projection_of_the_wrong_shape_or_name(tmp_path, capsys):
+    save_file({"W": torch.ones(196, 128)}, tmp_path / "W.safetensors")
+    save_file({"theta": torch.ones(197, 128)}, tmp_path / "theta.safetensors")
+    save_file({"W": torch.ones(197, 128)}, tmp_path / "ones.safetensors")
+    for name, words in {"W": "[197, 128]", "theta": "not a projection W"}.items():
+        assert main(["explain", "--scalar", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "fig.png")]) == 1
+        assert words in capsys.readouterr().err
+    for scalar in (str(tmp_path / "ones.safetensors"), "sum"): assert main(["explain", "--token", "60", "--scalar", scalar, "--out", str(tmp_path / f"{len(scalar)}.png")]) == 0
+    same, ones = (np.asarray(Image.open(tmp_path / f"{len(s)}.png")).astype(int) for s in ("sum", str(tmp_path / "ones.safetensors")))
+    assert abs(same - ones).max() <= 2
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_places_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["explain", "--out", str(tmp_path / "file" / "fig.png")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert main(["explain", "--out", "/proc/no/fig.png"]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert main(["explain", "--token", "3", "--out", str(tmp_path / "fig.jpeg2k")]) == 1
+    assert capsys.readouterr().err.strip() == f"ultra-nb: {tmp_path / 'fig.jpeg2k'} must end in .png or .pdf or .svg"
+
+def test_module_runs_and_help_is_light():
+    code = "import sys; import ultra_nb.cli as c\ntry: c.main(['--help'])\nexcept SystemExit as stop: assert stop.code == 0\nassert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "ultra_nb.cli", "explain", "--token", "-1"], capture_output=True, text=True)
+    assert done.returncode == 1 and "outside the sequence" in done.stderr and "Traceback" not in done.stderr
+
+def test_interrupt_has_its_own_exit_code(monkeypatch, capsys):
+    def stop(path): raise KeyboardInterrupt
+    monkeypatch.setattr("ultra_nb.cli._picture", stop)
+    assert main(["explain", "--out", "never.png"]) == 130
+    assert "interrupted" in capsys.readouterr().err
