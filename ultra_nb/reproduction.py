@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .explanation_maps import cotangents, explain, minmax, suppress_self, upsample
 from .figures import ACCENT, INK, SQUARE, panels, show, token_box
 from .models import Backbone, load
