@@ -28,8 +28,8 @@ class Segmentation:
 
 # %% ../nbs/06_segmentation.ipynb #148a44da
 def cluster_tree(maps:Tensor, # one scaled map per token [n, n]
-                 linkage:str="ward", # "ward" | "average" | "complete" | "single"
-                 metric:str="euclidean" # "euclidean" | "cosine" | "correlation" (ward: euclidean only)
+                 linkage:str="average", # "average" | "complete" | "single" | "ward"
+                 metric:str="cosine" # "cosine" | "correlation" | "euclidean" (ward: euclidean only)
                 ) -> np.ndarray: # SciPy linkage matrix [n-1, 4]
     "Hierarchical clustering of explanation maps; constant maps are at distance 1 of all others where an angle is not defined"
     if linkage == "ward" and metric != "euclidean": raise ValueError(f"ward linkage works on euclidean distances, not {metric}; choose linkage='average' or 'complete'")
@@ -54,8 +54,8 @@ def segment(maps:Tensor, # one map per patch token, prefix dropped and self entr
             size:tuple[int, int], # (H, W) pixels of the result
             k:int|None=None, # number of clusters, or
             threshold:float|None=None, # distance up to which clusters merge
-            linkage:str="ward", # "ward" | "average" | "complete" | "single"
-            metric:str="euclidean" # "euclidean" | "cosine" | "correlation"
+            linkage:str="average", # "average" | "complete" | "single" | "ward"
+            metric:str="cosine" # "cosine" | "correlation" | "euclidean"
            ) -> Segmentation:
     "Unsupervised segmentation of one image from the explanation maps of its tokens (eq. 7-8)"
     if maps.ndim != 2: raise ValueError(f"maps of one image [n, h*w] expected, got {list(maps.shape)}")
