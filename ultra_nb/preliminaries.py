@@ -83,7 +83,7 @@ class Tap:
 _open: list[Tap] = [] # innermost last
 _lock, _untapped = Lock(), {}
 
-def _tapped(*args, **kwargs):
+def _dispatch(*args, **kwargs):
     tap = next((t for t in reversed(_open) if t.thread == get_ident()), None)
     return (tap or _untapped["attention"])(*args, **kwargs)
 
@@ -94,7 +94,7 @@ def attention_tap(diagonal:bool=False): # gradients to keys and values along the
     with _lock:
         if not _open:
             _untapped.update(attention=F.scaled_dot_product_attention, fastpath=torch.backends.mha.get_fastpath_enabled())
-            F.scaled_dot_product_attention = _tapped
+            F.scaled_dot_product_attention = _dispatch
             torch.backends.mha.set_fastpath_enabled(False)
         _open.append(tap)
     try: yield tap
@@ -124,7 +124,7 @@ class Taped:
         return out if isinstance(out, Tensor) else out[0]
 
 # %% ../nbs/00_preliminaries.ipynb #c637ac8e
-def _taped(block, args, kwargs):
+def _note(block, args, kwargs):
     "Copies the tokens, and leaves key-value caches behind: a second run would append to them"
     kwargs = {k: None if "past_key_value" in k else v for k, v in kwargs.items()}
     own = lambda t: t.detach().clone()
@@ -148,7 +148,7 @@ def tape(model:nn.Module, # any transformer, in eval mode
         ) -> list[Taped]: # block and input, L of them
     "One forward pass without gradients that notes each block's input. Raises ValueError where a block does not run exactly once, in order, on tokens [B, N, D]"
     notes, blocks = [], list(blocks)
-    hooks = [b.register_forward_pre_hook(lambda b, args, kwargs: notes.append(_taped(b, args, kwargs)), with_kwargs=True) for b in blocks]
+    hooks = [b.register_forward_pre_hook(lambda b, args, kwargs: notes.append(_note(b, args, kwargs)), with_kwargs=True) for b in blocks]
     try:
         with torch.no_grad(): forward(model, inputs)
     finally:
