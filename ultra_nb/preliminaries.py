@@ -72,7 +72,7 @@ class Tap:
     "The attention probabilities of every call made while a tap is open"
     diagonal: bool = False # gradients to keys and values along the diagonal only
     attention: list[Tensor] = field(default_factory=list) # A of each call, in order [B, H, N, N]
-    thread: int = field(default_factory=get_ident) # only this thread's calls are recorded
+    thread: int|None = field(default_factory=get_ident) # only this thread's calls are recorded; None: nobody's
 
     def __call__(self, *args, **kwargs) -> Tensor:
         out, A = softmax_attention(*args, **kwargs, diagonal=self.diagonal)
@@ -88,9 +88,8 @@ def _dispatch(*args, **kwargs):
     return (tap or _untapped["attention"])(*args, **kwargs)
 
 @contextmanager
-def attention_tap(diagonal:bool=False): # gradients to keys and values along the diagonal only
-    "Inside this context every fused attention call is written out and its A recorded; yields the `Tap`, restores everything on exit"
-    tap = Tap(diagonal)
+def _opened(tap):
+    "Puts the tap in place; the first one in replaces PyTorch's attention and turns off its all-in-one inference path, the last one out restores both"
     with _lock:
         if not _open:
             _untapped.update(attention=F.scaled_dot_product_attention, fastpath=torch.backends.mha.get_fastpath_enabled())
@@ -104,6 +103,10 @@ def attention_tap(diagonal:bool=False): # gradients to keys and values along the
             if not _open:
                 F.scaled_dot_product_attention = _untapped.pop("attention")
                 torch.backends.mha.set_fastpath_enabled(_untapped.pop("fastpath"))
+
+def attention_tap(diagonal:bool=False): # gradients to keys and values along the diagonal only
+    "Inside this context every fused attention call is written out and its A recorded; yields the `Tap`, restores everything on exit"
+    return _opened(Tap(diagonal))
 
 # %% ../nbs/00_preliminaries.ipynb #ac9788b2
 @dataclass
@@ -147,10 +150,12 @@ def tape(model:nn.Module, # any transformer, in eval mode
          inputs:Tensor|dict # images [B, C, H, W], or a dict of model inputs
         ) -> list[Taped]: # block and input, L of them
     "One forward pass without gradients that notes each block's input. Raises ValueError where a block does not run exactly once, in order, on tokens [B, N, D]"
-    notes, blocks = [], list(blocks)
-    hooks = [b.register_forward_pre_hook(lambda b, args, kwargs: notes.append(_note(b, args, kwargs)), with_kwargs=True) for b in blocks]
+    notes, blocks, thread = [], list(blocks), get_ident()
+    def note(b, args, kwargs=None): # another thread's pass may meet the hook half registered, without kwargs
+        if get_ident() == thread: notes.append(_note(b, args, kwargs))
+    hooks = [b.register_forward_pre_hook(note, with_kwargs=True) for b in blocks]
     try:
-        with torch.no_grad(): forward(model, inputs)
+        with torch.no_grad(), _opened(Tap(thread=None)): forward(model, inputs)
     finally:
         for h in hooks: h.remove()
     if [t.block for t in notes] != blocks:
