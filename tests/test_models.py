@@ -60,3 +60,22 @@ def test_weights_with_code_do_not_run_it(tmp_path):
             torch.save(wrap(Bomb()), tmp_path/"bomb.pth", _use_new_zipfile_serialization=zipped)
             with pytest.raises(WeightsError, match="holds code"): load("test_vit", weights=tmp_path/"bomb.pth")
     assert not (tmp_path/"boom").exists()
+
+def test_the_shipped_vit():
+    "scenes_dino: loads, takes other sizes with positions that lie on the picture, refuses another model's weights in one line; exact maps work on it"
+    from safetensors.torch import load_file
+    from ultra_nb.explanation_maps import explain
+    from ultra_nb.models import embedded, names
+    b, wide, same_count = (load("scenes_dino", image_size=size) for size in (None, (64, 160), (56, 224)))
+    assert "scenes_dino" in names() and (b.tokens, b.prefix, b.grid, b.tokenizer) == (197, 1, (14, 14), None)
+    state = load_file(embedded("scenes_dino.safetensors"))
+    assert all(v.equal(state[k]) for m in (b, wide) for k, v in m.model.state_dict().items())
+    assert (wide.grid, same_count.grid) == ((8, 20), (7, 28))
+    x = torch.randn(1, 3, *b.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): assert b.model(x).equal(b.model(x)) and all(m.model(torch.zeros(1, 3, *m.size)).isfinite().all() for m in (wide, same_count))
+    maps = explain(b, x, tokens=[0, 100], mode="exact")
+    assert maps.shape == (1, 2, 197) and maps.isfinite().all() and (maps >= 0).all() and maps.std(-1).min() > 0
+    with pytest.raises(WeightsError, match="scenes_clip.safetensors does not fit scenes_dino: .* the file looks like an open_clip CLIP") as caught:
+        load("scenes_dino", weights=embedded("scenes_clip.safetensors"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="nearest good sizes"): load("scenes_dino", image_size=100)
