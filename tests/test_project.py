@@ -54,6 +54,7 @@ def test_run_time_needs_no_development_package():
             assert not {"nbdev", "fastcore", "execnb", "IPython"} & {n.split(".")[0] for n in names}, (path.name, names)
 
 ALLOWED = dict(preliminaries="", models="", data="", records="", figures="", explanation_maps="preliminaries models", segmentation="explanation_maps",
+               self_consistency="explanation_maps segmentation records", interpretability_metrics="explanation_maps models preliminaries records", evaluation="data models explanation_maps segmentation records",
                reproduction="*", cli="*")
 
 def test_modules_import_only_what_the_design_allows():

@@ -1,5 +1,5 @@
 "Real weights and photographs, where a folder with them lies beside the project (or where ULTRA_NB_KIT names one)."
-import os
+import json, os
 from pathlib import Path
 import pytest, torch
 from ultra_nb.data import read_image
@@ -43,3 +43,18 @@ def test_chunk_batch_and_threads_only_round(vit, photos):
     torch.set_num_threads(threads)
     for other in others: assert ((other - maps).abs().max() / maps.max()).item() < 1e-5
     assert torch.equal(explain(vit, photos[:2], tokens=tokens), maps)
+
+def test_evaluation_of_photographs(tmp_path, capsys):
+    "Twelve photographs with every method; ULTra_S and latent tokens beat one cluster"
+    from ultra_nb.cli import main
+    argv = ["evaluate", "voc", "--root", str(KIT), "--model", "vit_tiny_patch16_224", "--weights", str(KIT / "weights/vit_tiny_patch16_224.safetensors"), "--layer", "12", "--limit", "12", "--out", str(tmp_path / "run")]
+    assert main(argv) == 0
+    metrics = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
+    assert {"ULTra_S", "ULTra_E", "one cluster", "latent tokens", "rollout", "LeGrad", "class maps"} <= set(metrics)
+    assert min(metrics[m]["U.mIoU"] for m in ("ULTra_S", "latent tokens")) > metrics["one cluster"]["U.mIoU"]
+
+@pytest.mark.parametrize("argv", [("folder", "--root", "camvid", "--image-folder", "val", "--mask-folder", "valannot", "--ignore", "11"), ("coco-stuff", "--root", "cocostuff"), ("cityscapes", "--root", "cityscapes", "--split", "train")], ids=lambda a: a[0])
+def test_other_photographs_go_through_their_loaders(argv, capsys):
+    from ultra_nb.cli import main
+    assert main(["evaluate", argv[0], "--root", str(KIT / argv[2]), *argv[3:], "--scalar", "sum", "--limit", "2"]) == 0
+    assert "2 images of" in capsys.readouterr().out
