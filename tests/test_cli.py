@@ -73,7 +73,7 @@ def truncated(path):
 
 BAD_WEIGHTS = {
     "nan": (weights(lambda s: s["visual.conv1.weight"].fill_(float("nan"))), "visual.conv1.weight"),
-    "other_model": (weights(lambda s: [s.pop(k) for k in list(s) if "resblocks.7" in k]), "resblocks.7"),
+    "other_model": (weights(lambda s: [s.pop(k) for k in list(s) if "resblocks.5" in k]), "resblocks.5"),
     "truncated": (truncated, "fetch it again"),
     "code.pth": (lambda p: p.write_bytes(pickle.dumps(Evil(p.parent), protocol=2)), "convert it to safetensors"),
     "code.pt": (lambda p: torch.save({"a": Evil(p.parent)}, p), "convert it to safetensors"),

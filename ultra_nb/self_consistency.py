@@ -98,7 +98,7 @@ class Projection:
         "Writes a safetensors file. Raises FileExistsError for an existing one unless `force`"
         path = Path(path)
         if path.exists() and not force: raise FileExistsError(f"{path} exists already; name another file or pass --force")
-        return write_bytes(path, save({"W": self.W.contiguous().cpu()}, dict(provenance=json.dumps(self.provenance), history=json.dumps(self.history))))
+        return write_bytes(path, save({"W": self.W.contiguous().cpu()}, dict(learned=json.dumps(dict(provenance=self.provenance, history=self.history))))) # one entry: several would come in random order
 
 def load_projection(path:str|Path, # from `Projection.save`
                     backbone=None, # refuse a W of another backbone or resolution
@@ -108,9 +108,10 @@ def load_projection(path:str|Path, # from `Projection.save`
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"there is no projection file {path}")
     try:
-        with safe_open(path, "pt") as f: W, meta = f.get_tensor("W"), f.metadata() or {}
-    except Exception: raise ValueError(f"{path} is not a safetensors file with a projection W") from None
-    found = Projection(W, json.loads(meta.get("provenance", "{}")), json.loads(meta.get("history", "[]")))
+        with safe_open(path, "pt") as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except Exception: raise ValueError(f"{path} is not a complete safetensors file: learn W again with ultra-nb fit-w") from None
+    if "W" not in tensors: raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}, not a projection W")
+    found = Projection(tensors["W"], **json.loads(meta.get("learned", '{"provenance": {}}')))
     if backbone is not None: _check_fits(path, found, backbone, layer or backbone.depth + 1)
     return found
 
