@@ -293,7 +293,9 @@ def figure13(case:Case, # one image
     grid = fig.add_gridspec(2, len(thresholds) + 1)
     top = fig.add_subplot(grid[0, :])
     dendrogram(found[0].tree, no_labels=True, ax=top, color_threshold=0, above_threshold_color=INK)
+    top.collections[0].set_linewidth(.6)
     for t in thresholds: top.axhline(t, color=ACCENT, linewidth=1, linestyle="--"), top.annotate(rf"$\zeta = {t:g}$", (1, t), xycoords=("axes fraction", "data"), fontsize=8, color=ACCENT)
+    top.set_ylim(0, 1.08 * max(*thresholds, found[0].tree[-1, 2]))
     top.set_ylabel(f"{case.metric} distance", fontsize=8), top.tick_params(labelsize=7), top.spines[["top", "right"]].set_visible(False)
     for i, (title, image) in enumerate([("image", pixels), *((rf"$\zeta = {t:g}$, {f.k} clusters", blend(pixels, f.labels, .7)) for t, f in zip(thresholds, found))]):
         ax = fig.add_subplot(grid[1, i])
