@@ -8,7 +8,7 @@ __all__ = ['PROTOCOLS', 'ULTRA', 'BASELINES', 'Confusion', 'tally', 'match', 'se
            'metrics_of', 'Result', 'evaluate']
 
 # %% ../nbs/10_evaluation.ipynb #9fd265cd
-import base64, hashlib, json, os, time
+import base64, hashlib, os, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 from .data import IGNORE, Pictures, Sample
-from .explanation_maps import explain, latents, suppress_self, upsample
+from .explanation_maps import explain, latents, patch_of, suppress_self, upsample
 from .models import Backbone
 from .records import Run, one_thread_each, write_json, write_record
 from .segmentation import cluster_tree, cut, segment
@@ -82,7 +82,7 @@ PROTOCOLS = ["image-hungarian", "image-majority", "dataset-hungarian", "dataset-
 def match(counts:np.ndarray, # pixels of each cluster in each class [K, C]
           how:str="hungarian" # "hungarian" (one-to-one) | "majority" (many-to-one)
          ) -> np.ndarray: # class of each cluster [K], C = none
-    "Gives clusters their classes so that most pixels are right; classes without a pixel take part only where every class has to (none do)"
+    "Gives clusters their classes so that most pixels are right; only classes that have a pixel are given"
     K, C = counts.shape
     matched, present = np.full(K, C), np.flatnonzero(counts.sum(0))
     if how == "majority": return np.where(counts.sum(1) > 0, counts.argmax(1), C)
@@ -116,36 +116,42 @@ class Case:
     def size(self) -> tuple: return self.sample.mask.shape # (H, W)
 
     @cached_property
+    def classes(self) -> np.ndarray: # that the mask has, ascending
+        return np.setdiff1d(self.sample.mask, [IGNORE])
+
+    @cached_property
+    def truth(self) -> np.ndarray: # position in `classes` of each pixel's class, 255 = ignore [H, W]
+        index = np.full(256, IGNORE)
+        index[self.classes] = np.arange(len(self.classes))
+        return index[self.sample.mask]
+
+    @cached_property
     def inputs(self) -> Tensor: # [1, 3, h, w] on the model's device
         return self.backbone.transform(self.sample.image)[None].to(next(self.backbone.model.parameters()).device)
 
     @cached_property
     def segments(self) -> int: # k as a number
         if self.k is None: raise ValueError("this method needs a number of segments: give k, a threshold belongs to the tree of the maps")
-        return len(np.setdiff1d(self.sample.mask, [IGNORE])) or 1 if self.k == "classes" else self.k
+        return len(self.classes) or 1 if self.k == "classes" else self.k
 
     @cached_property
     def latents(self) -> Tensor: # latent patch tokens z^(l) [n, D]
         return latents(self.backbone, self.inputs, layer=self.layer)[0, self.backbone.prefix:]
 
-    @property
-    def patches(self) -> range: # indices of the patch tokens
-        return range(self.backbone.prefix, self.backbone.tokens)
-
     def maps(self, scalar) -> Tensor: # self entry replaced, prefix dropped [n, n]
         "Explanation maps of the patch tokens"
-        rows = explain(self.backbone, self.inputs, layer=self.layer, tokens=self.patches, scalar=scalar, mode=self.mode, order=self.order)
-        return suppress_self(rows, self.patches, self.backbone.prefix)[0]
+        rows = explain(self.backbone, self.inputs, layer=self.layer, tokens=self.backbone.patches, scalar=scalar, mode=self.mode, order=self.order)
+        return suppress_self(rows, self.backbone.patches, self.backbone.prefix)[0]
 
     def segment(self, maps:Tensor) -> np.ndarray: # [H, W]
         "Segments from one map per patch token [n, n] (eq. 7-8)"
         cut = dict(threshold=self.threshold) if self.k is None else dict(k=min(self.segments, len(maps)))
         return segment(maps, self.backbone.grid, self.size, linkage=self.linkage, metric=self.metric, **cut).labels
 
-    def spread(self, clusters:np.ndarray) -> np.ndarray: # [H, W]
-        "A label per patch token [n], interpolated to pixels as eq. 8 does: the cluster with most weight"
-        members = torch.nn.functional.one_hot(torch.as_tensor(clusters)).T.float()
-        return upsample(members, self.backbone.grid, self.size).argmax(0).numpy()
+    def spread(self, clusters:np.ndarray, grid:tuple|None=None) -> np.ndarray: # [H, W]
+        "A label per cell of a grid [h*w] (None = per patch), interpolated to pixels as eq. 8 does: the cluster with most weight"
+        members = torch.nn.functional.one_hot(torch.as_tensor(clusters).long()).T.float()
+        return upsample(members, grid or self.backbone.grid, self.size).argmax(0).numpy()
 
 # %% ../nbs/10_evaluation.ipynb #efcc8186
 def ultra(scalar="sum" # as in `explain`
@@ -171,9 +177,8 @@ def _colours(case, size):
 def pixel_kmeans(case:Case) -> np.ndarray: # [H, W]
     "k-means of pixel colours and positions, on the picture made small (56 pixels high and wide)"
     from sklearn.cluster import KMeans
-    found = KMeans(case.segments, n_init=3, random_state=0).fit_predict(_colours(case, (56, 56)))
-    labels = torch.nn.functional.one_hot(torch.as_tensor(found).long()).T.float()
-    return upsample(labels, (56, 56), case.size).argmax(0).numpy()
+    grid = (56, 56)
+    return case.spread(KMeans(case.segments, n_init=3, random_state=0).fit_predict(_colours(case, grid)), grid)
 
 def pixel_tree(case:Case) -> np.ndarray: # [H, W]
     "Ward clustering of the patches' mean colours and positions"
@@ -188,10 +193,8 @@ def describe(labels:np.ndarray, # segments of an image [H, W]
              grid:tuple[int, int] # (h, w)
             ) -> np.ndarray: # unit vectors, one for each of the segments 0..K-1 [K, D] float32
     "Mean latent token of each segment's pixels"
-    (H, W), (h, w) = labels.shape, grid
-    patch = np.arange(H)[:, None] * h // H * w + np.arange(W) * w // W
-    pixels = np.zeros((labels.max() + 1, h * w))
-    np.add.at(pixels, (labels, patch), 1)
+    pixels = np.zeros((labels.max() + 1, len(tokens)))
+    np.add.at(pixels, (labels, patch_of(labels.shape, grid)), 1)
     means = pixels @ tokens.double().cpu().numpy() / np.maximum(pixels.sum(1, keepdims=True), 1)
     return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-300)).astype(np.float32)
 
@@ -212,14 +215,11 @@ def row_of(case:Case, methods:dict, # name to method
            described:bool=False # add the descriptions of the segments
           ) -> dict: # as JSON can hold it
     "Segments an image with every method and counts pixels"
-    mask = case.sample.mask
-    present = np.setdiff1d(mask, [IGNORE])
-    index = np.full(256, IGNORE)
-    index[present] = np.arange(len(present))
-    row = dict(name=case.sample.name, sha256=hashlib.sha256(np.asarray(case.sample.image).tobytes() + mask.tobytes()).hexdigest(), size=list(case.size), classes=present.tolist(), counts={})
+    content = np.asarray(case.sample.image).tobytes() + case.sample.mask.tobytes()
+    row = dict(name=case.sample.name, sha256=hashlib.sha256(content).hexdigest(), size=list(case.size), classes=case.classes.tolist(), counts={})
     for name, method in methods.items():
         labels = np.unique(method(case), return_inverse=True)[1].reshape(case.size) # segments without a pixel are none
-        row["counts"][name] = tally(labels, index[mask], labels.max() + 1, len(present)).tolist()
+        row["counts"][name] = tally(labels, case.truth, labels.max() + 1, len(case.classes)).tolist()
         if described: row.setdefault("described", {})[name] = _packed(describe(labels, case.latents, case.backbone.grid))
     return row
 
@@ -247,8 +247,9 @@ def confusions(rows:list, # of `row_of`
     found = cluster_segments(described, k, seed)
     whole = np.zeros((k, classes), np.int64)
     np.add.at(whole, found, np.concatenate(tables))
+    given = match(whole, how)[found]
     ends = np.cumsum([len(t) for t in tables])[:-1]
-    return np.stack([settle(t, match(whole, how)[part]) for t, part in zip(tables, np.split(found, ends))])
+    return np.stack([settle(t, part) for t, part in zip(tables, np.split(given, ends))])
 
 def metrics_of(tables:np.ndarray, # [n, C + 1, C]
                draws:int=1000, # bootstrap samples
@@ -323,13 +324,14 @@ def evaluate(backbone:Backbone, # a vision backbone
         wait()
         done = {i for i, r in run.rows().items() if "error" not in r}
         wait()
-        todo = [i for i in range(rank, n, world) if i not in done]
+        mine = range(rank, n, world)
+        todo = [i for i in mine if i not in done]
         with one_thread_each(device) as pool:
-            for r in _progress(pool.map(row, todo), len(done) if world == 1 else 0, len(todo) + (len(done) if world == 1 else 0), disable=rank > 0): run.add(r)
+            for r in _progress(pool.map(row, todo), len(mine) - len(todo), len(mine), disable=rank > 0): run.add(r)
         wait()
-        if rank == 0: _report(run, settings, device, time.monotonic() - start, fresh=bool(todo))
+        found = _report(run, settings, device, time.monotonic() - start, fresh=bool(todo)) if rank == 0 else None
         wait()
-        return _result(list(run.rows().values()), settings)
+        return found or _result(list(run.rows().values()), settings)
 
 def _list_hash(dataset, n):
     "sha256 of the names of the first n samples"
@@ -362,8 +364,9 @@ def _report(run, settings, device, seconds, fresh):
     "Writes rows.jsonl and result.json, the same bytes for the same result, and record.json, which also says when and where"
     found = _result(list(run.finish().values()), settings)
     write_json(run.folder / "result.json", dict(metrics=found.metrics, iou={m: [None if np.isnan(v) else v for v in c.iou] for m, c in found.confusions.items()}, n=found.n, bad=found.bad, settings=run.settings))
-    if not fresh and (run.folder / "record.json").exists(): return
+    if not fresh and (run.folder / "record.json").exists(): return found
     first, *_ = settings["methods"]
     named = found.metrics[first] | {f"{m} {k}": v for m, values in found.metrics.items() for k, v in values.items()}
     data_hash = hashlib.sha256("".join(r["sha256"] for r in found.rows).encode()).hexdigest()
     write_record(run.folder / "record.json", named, n=found.n, settings=run.settings, protocol=settings["protocol"], seed=settings["seed"], seconds=seconds, device=device, data_hash=data_hash, weights_hash=settings["weights_hash"], force=True)
+    return found

@@ -11,23 +11,23 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from .explanation_maps import latents, scalar_function
+from .explanation_maps import below, latents, own_attention, patch_of, scalar_function
 from .models import Backbone
-from .preliminaries import attention_rollout, attention_tap, tape
+from .preliminaries import attention_rollout, attention_tap
 
 # %% ../nbs/08_interpretability_metrics.ipynb #bc45940e
 def _own_rows(taped, scalar):
     "A and the gradient of every token's f(z) with respect to its own row of A [B, H, N, N]"
     with torch.enable_grad(), attention_tap() as tap: z = taped(taped.z.detach().requires_grad_())
-    A, = tap.attention
+    A = own_attention(tap.attention, z)
     grad, = torch.autograd.grad(scalar_function(scalar, z.shape[1:])(z).sum(), A)
     return A.detach(), grad
 
 def attention_rows(backbone:Backbone, inputs:Tensor, layer:int, scalar="sum") -> Tensor: # [B, N, N]
     "Mean attention of the last block below `layer`; no scalar has a say"
-    taped = tape(backbone.model, backbone.blocks, inputs)[layer - 2]
-    with torch.no_grad(), attention_tap() as tap: taped(taped.z)
-    return tap.attention[0].mean(1)
+    top = below(backbone, inputs, layer=layer)[-1]
+    with torch.no_grad(), attention_tap() as tap: z = top(top.z)
+    return own_attention(tap.attention, z).mean(1)
 
 def rollout_rows(backbone:Backbone, inputs:Tensor, layer:int, scalar="sum") -> Tensor: # [B, N, N]
     "Attention rollout of the blocks below `layer`; no scalar has a say"
@@ -35,12 +35,12 @@ def rollout_rows(backbone:Backbone, inputs:Tensor, layer:int, scalar="sum") -> T
 
 def gradient_attention_rows(backbone:Backbone, inputs:Tensor, layer:int, scalar="sum") -> Tensor: # [B, N, N]
     "Gradient times attention of the last block below `layer`"
-    A, grad = _own_rows(tape(backbone.model, backbone.blocks, inputs)[layer - 2], scalar)
+    A, grad = _own_rows(below(backbone, inputs, layer=layer)[-1], scalar)
     return (grad.relu() * A).mean(1)
 
 def legrad_rows(backbone:Backbone, inputs:Tensor, layer:int, scalar="sum") -> Tensor: # [B, N, N]
     "LeGrad's sum over layers, for every token"
-    return sum(_own_rows(taped, scalar)[1].relu().mean(1) for taped in tape(backbone.model, backbone.blocks, inputs)[:layer - 1])
+    return sum(_own_rows(taped, scalar)[1].relu().mean(1) for taped in below(backbone, inputs, layer=layer))
 
 EXPLAINERS: dict[str, Callable] = {"attention": attention_rows, "rollout": rollout_rows, "gradient x attention": gradient_attention_rows, "LeGrad": legrad_rows}
 
@@ -57,10 +57,8 @@ def patch_classes(mask:np.ndarray, # class of each pixel, 255 = ignore [H, W]
                   grid:tuple[int, int] # (h, w)
                  ) -> np.ndarray: # class with most pixels in each patch, 255 where most are ignored [h*w]
     "What each patch shows"
-    (H, W), (h, w) = mask.shape, grid
-    patch = np.arange(H)[:, None] * h // H * w + np.arange(W) * w // W
-    counts = np.zeros((h * w, 256), np.int64)
-    np.add.at(counts, (patch, mask), 1)
+    counts = np.zeros((grid[0] * grid[1], 256), np.int64)
+    np.add.at(counts, (patch_of(mask.shape, grid), mask), 1)
     return counts.argmax(1)
 
 def iou(masks:Tensor, # bool [T, H, W]
@@ -114,8 +112,7 @@ def perturb(x:Tensor, # an image as the model wants it [1, 3, H, W]
            ) -> Tensor: # a copy per row of patches [T, 3, H, W]
     "Copies of an image with some patches masked, or noise added to them"
     if kind not in ("mask", "noise"): raise ValueError(f"kind={kind!r}: choose mask or noise")
-    (H, W), (h, w) = x.shape[-2:], grid
-    inside = patches.view(-1, 1, h, w).repeat_interleave(H // h, 2).repeat_interleave(W // w, 3)
+    inside = patches[:, None, patch_of(x.shape[-2:], grid)]
     if kind == "mask": return x.masked_fill(inside, 0.)
     return x + inside * sigma * torch.randn((len(patches), *x.shape[1:]), generator=generator).to(x)
 

@@ -121,6 +121,11 @@ class Backbone:
         "Number of tokens, prefix included"
         return self.grid and self.prefix + self.grid[0] * self.grid[1]
 
+    @property
+    def patches(self) -> range: # of token indices
+        "The patch tokens"
+        return range(self.prefix, self.tokens)
+
     @cached_property
     def transform(self): # PIL image -> normalised tensor [3, H, W]
         "The whole picture as this model wants it, see `preprocess`; `ValueError` when size, mean or std are not known"

@@ -24,8 +24,8 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
-from .data import IGNORE, asset
-from .evaluation import BASELINES, ULTRA, Case, Confusion, Result, confusions, evaluate, match, tally
+from .data import asset
+from .evaluation import BASELINES, Case, Confusion, Result, confusions, match, tally
 from .explanation_maps import cotangents, explain, minmax, suppress_self, upsample
 from .figures import ACCENT, INK, SQUARE, blend, palette, panels, show, token_box
 from .interpretability_metrics import EXPLAINERS
@@ -59,8 +59,8 @@ def _latent(model, blocks, inputs, layer, kept):
     try: forward(model, inputs)
     finally: hook.remove()
 
-def _arrow(ax, start, end, colour, **style):
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=1.2, shrinkA=0, shrinkB=0, **style))
+def _arrow(ax, start, end, colour):
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=1.2, shrinkA=0, shrinkB=0))
 
 def _matrix(ax, G, box):
     "A small heat map of a matrix in a frame; cells are pooled and small values lifted, so that a single row can be seen"
@@ -90,7 +90,7 @@ def figure1(backbone:Backbone, # a vision backbone
     for x0, y0 in ((.1, 4.3), (16, 1.)):
         if box: ax.add_patch(Rectangle((x0 + box[0], y0 + 1.9 - box[1] - box[3]), *box[2:], fill=False, edgecolor=SQUARE, linewidth=1.6, zorder=4))
     shown, middle = [1, (layer + 1) // 2, layer - 1], [3.4, 7.4, 11.4]
-    for b, x0, label in zip(shown, middle, ("block 1", "block b", f"block l-1")):
+    for b, x0, label in zip(shown, middle, ("block 1", "block b", "block l-1")):
         ax.add_patch(Rectangle((x0, 4.5), 1.8, 1.5, facecolor="#eceff1", edgecolor=INK, linewidth=1))
         ax.text(x0 + .9, 5.25, label, ha="center", va="center", fontsize=9, color=INK)
         _matrix(ax, Gs[b - 1], (x0, 1., 1.8, 1.8))
@@ -178,7 +178,7 @@ def comparisons(backbone:Backbone, # a vision backbone
                 names:Sequence[str] # classes of the data set
                ) -> dict: # name to method
     "All baselines that this model allows"
-    rows = lambda explainer: lambda case: case.segment(suppress_self(explainer(backbone, case.inputs, case.layer)[:, case.patches], case.patches, backbone.prefix)[0])
+    rows = lambda explainer: lambda case: case.segment(suppress_self(explainer(backbone, case.inputs, case.layer)[:, backbone.patches], backbone.patches, backbone.prefix)[0])
     found = BASELINES | {"rollout": rows(EXPLAINERS["rollout"]), "LeGrad": rows(EXPLAINERS["LeGrad"])}
     if backbone.clip is not None and hasattr(backbone.clip, "encode_text"): return found | {"class maps": class_logit_maps(backbone, names)}
     return found | ({"class maps": class_logit_maps(backbone)} if getattr(backbone.model, "num_classes", 0) else {})
@@ -190,16 +190,13 @@ def figure2(cases:Sequence[Case], # images, a column each
     "Figures 2 and 8: images, true classes, segments coloured by the class they match"
     fig, axes = panels(len(methods) + 2, len(cases), side=1.15)
     for column, case in zip(axes.T, cases):
-        present = np.setdiff1d(case.sample.mask, [IGNORE])
-        index = np.full(256, IGNORE)
-        index[present] = np.arange(len(present))
-        truth = index[case.sample.mask]
+        classes = len(case.classes)
         show(column[0], np.asarray(case.sample.image))
-        column[1].imshow(_painted(truth, len(present)))
+        column[1].imshow(_painted(case.truth, classes))
         for ax, method in zip(column[2:], methods.values()):
             labels = method(case)
-            column_of = match(tally(labels, truth, labels.max() + 1, len(present)))
-            ax.imshow(_painted(column_of[labels], len(present)))
+            matched = match(tally(labels, case.truth, labels.max() + 1, classes))
+            ax.imshow(_painted(matched[labels], classes))
     for ax, name in zip(axes[:, 0], ["image", "truth", *methods]): ax.set_ylabel(name, fontsize=8, color=INK)
     return fig
 

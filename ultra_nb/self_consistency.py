@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
-from .explanation_maps import explain, latents, suppress_self
+from .explanation_maps import explain, latents, patch_of, suppress_self
 from .records import Run, one_thread_each, write_bytes
 from .segmentation import segment
 
@@ -34,9 +34,7 @@ def perturb(x:Tensor, # image as the model wants it [1, 3, H, W]
            ) -> Tensor: # copies with everything else perturbed [C, 3, H, W]
     r"$\tilde x^c$ of every class of an image (section 4.1)"
     if kind not in KINDS: raise ValueError(f"kind={kind!r}: choose {', '.join(KINDS)}")
-    _, _, H, W = x.shape
-    _, h, w = keep.shape
-    outside = ~keep.repeat_interleave(H // h, 1).repeat_interleave(W // w, 2)[:, None]
+    outside = ~keep.flatten(1)[:, None, patch_of(x.shape[-2:], keep.shape[-2:])]
     if kind == "noise": change = torch.randn((len(keep), *x.shape[1:]), generator=generator).to(x)
     elif kind == "mean": change = x.mean((2, 3), keepdim=True) - x
     else: change = _blurred(x) - x
@@ -65,8 +63,7 @@ def classes_of(backbone, # a vision `Backbone`
                mode:str="diagonal" # of `explain`
               ) -> Tensor: # patches of each class that has any [C, h, w]
     "The model's own segmentation with W, on the patch grid"
-    patches = range(backbone.prefix, backbone.tokens)
-    maps = suppress_self(explain(backbone, x, layer=layer, tokens=patches, scalar=W, mode=mode), patches, backbone.prefix)[0]
+    maps = suppress_self(explain(backbone, x, layer=layer, tokens=backbone.patches, scalar=W, mode=mode), backbone.patches, backbone.prefix)[0]
     labels = torch.as_tensor(segment(maps, backbone.grid, backbone.grid, k=k).labels)
     return torch.stack([labels == c for c in labels.unique()])
 
