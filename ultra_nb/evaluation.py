@@ -5,26 +5,23 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'ULTRA', 'BASELINES', 'Confusion', 'tally', 'match', 'settle', 'Case', 'ultra', 'one_cluster',
            'latent_tokens', 'pixel_kmeans', 'pixel_tree', 'describe', 'cluster_segments', 'row_of', 'confusions',
-           'metrics_of', 'Result', 'evaluate']
+           'metrics_of', 'evaluate']
 
 # %% ../nbs/10_evaluation.ipynb #9fd265cd
-import base64, hashlib, os, time
+import base64
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from tqdm import tqdm
 from .data import IGNORE, Pictures, Sample
 from .explanation_maps import explain, latents, patch_of, suppress_self, upsample
 from .models import Backbone
-from .records import Run, one_thread_each, write_json, write_record
+from .records import Result, measure
 from .segmentation import cluster_tree, cut, segment
 
 # %% ../nbs/10_evaluation.ipynb #62de13cd
@@ -215,8 +212,7 @@ def row_of(case:Case, methods:dict, # name to method
            described:bool=False # add the descriptions of the segments
           ) -> dict: # as JSON can hold it
     "Segments an image with every method and counts pixels"
-    content = np.asarray(case.sample.image).tobytes() + case.sample.mask.tobytes()
-    row = dict(name=case.sample.name, sha256=hashlib.sha256(content).hexdigest(), size=list(case.size), classes=case.classes.tolist(), counts={})
+    row = dict(size=list(case.size), classes=case.classes.tolist(), counts={})
     for name, method in methods.items():
         labels = np.unique(method(case), return_inverse=True)[1].reshape(case.size) # segments without a pixel are none
         row["counts"][name] = tally(labels, case.truth, labels.max() + 1, len(case.classes)).tolist()
@@ -265,39 +261,6 @@ def metrics_of(tables:np.ndarray, # [n, C + 1, C]
     return out
 
 # %% ../nbs/10_evaluation.ipynb #8e613ce5
-@dataclass
-class Result:
-    "What an evaluation found"
-    metrics: dict # method to {U.mIoU, U.ACC, and the ends of their intervals}, percent
-    confusions: dict # method to `Confusion`
-    rows: list # of `row_of`, without the images that could not be read
-    bad: dict # name of such an image to what is wrong with it
-    settings: dict # everything the result depends on
-
-    @property
-    def n(self) -> int: return len(self.rows)
-
-    def __str__(self):
-        lines = [f"{'':17} {'U.mIoU':>7} {'95 %':>13}   {'U.ACC':>6} {'95 %':>13}"]
-        lines += [f"{name:17} {m['U.mIoU']:7.1f} {m['U.mIoU low']:6.1f} {m['U.mIoU high']:6.1f}   {m['U.ACC']:6.1f} {m['U.ACC low']:6.1f} {m['U.ACC high']:6.1f}" for name, m in self.metrics.items()]
-        return "\n".join([*lines, f"{self.n} images of {self.settings['dataset']}, protocol {self.settings['protocol']}"])
-
-@contextmanager
-def _processes(device):
-    "(rank, number of processes, a function that waits for all): one process unless `accelerate launch` started several"
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield 0, 1, lambda: None
-    else:
-        from accelerate import PartialState
-        state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
-        yield state.process_index, state.num_processes, state.wait_for_everyone
-
-def _row(i, dataset, backbone, methods, described, case):
-    "The row of image i; what cannot be read is a row too"
-    try: sample = dataset[i]
-    except (ValueError, OSError) as e: return dict(i=i, name=dataset.files[i][0], error=" ".join(str(e).split()))
-    return dict(i=i) | row_of(Case(backbone, sample, **case), methods, described)
-
-# %% ../nbs/10_evaluation.ipynb #294b6d7c
 def evaluate(backbone:Backbone, # a vision backbone
              dataset:Pictures, # from `open_data`
              protocol:str="image-hungarian", # one of PROTOCOLS
@@ -311,31 +274,13 @@ def evaluate(backbone:Backbone, # a vision backbone
             ) -> Result:
     "Segments every image, matches by the protocol, reports with intervals. Raises ValueError for settings that cannot work, and where `out` holds another run; images that cannot be read end up in `bad`"
     methods = ULTRA if methods is None else methods
-    case = _checked(backbone, protocol, methods, case)
-    n = min(len(dataset), limit or len(dataset))
-    device, described = next(backbone.model.parameters()).device, protocol.startswith("dataset")
-    settings = dict(dataset=f"{dataset.name} {dataset.split}", images=n, list_hash=_list_hash(dataset, n), classes=len(dataset.classes), crop=dataset.crop, protocol=protocol, methods=list(methods), model=backbone.name, weights_hash=backbone.weights_hash, size=list(backbone.size), clusters=clusters, seed=seed, **case)
-    row = partial(_row, dataset=dataset, backbone=backbone, methods=methods, described=described, case=case)
-    if out is None:
-        with one_thread_each(device) as pool: return _result(list(_progress(pool.map(row, range(n)), 0, n)), settings)
-    if not resume and Path(out).exists() and any(Path(out).iterdir()): raise ValueError(f"{out} is not empty; name a new folder")
-    start = time.monotonic()
-    with _processes(device) as (rank, world, wait), Run(out, settings, rank) as run:
-        wait()
-        done = {i for i, r in run.rows().items() if "error" not in r}
-        wait()
-        mine = range(rank, n, world)
-        todo = [i for i in mine if i not in done]
-        with one_thread_each(device) as pool:
-            for r in _progress(pool.map(row, todo), len(mine) - len(todo), len(mine), disable=rank > 0): run.add(r)
-        wait()
-        found = _report(run, settings, device, time.monotonic() - start, fresh=bool(todo)) if rank == 0 else None
-        wait()
-        return found or _result(list(run.rows().values()), settings)
-
-def _list_hash(dataset, n):
-    "sha256 of the names of the first n samples"
-    return hashlib.sha256("\n".join(name for name, *_ in dataset.files[:n]).encode()).hexdigest()
+    case, classes = _checked(backbone, protocol, methods, case), len(dataset.classes)
+    work = lambda sample: row_of(Case(backbone, sample, **case), methods, protocol.startswith("dataset"))
+    def metrics(rows):
+        tables = {m: confusions(rows, m, classes, protocol, clusters, seed) for m in methods}
+        iou = {m: [None if np.isnan(v) else v for v in Confusion(classes, t.sum(0)).iou] for m, t in tables.items()}
+        return {m: metrics_of(t, seed=seed) for m, t in tables.items()}, dict(iou=iou)
+    return measure(backbone, dataset, work, metrics, dict(protocol=protocol, methods=list(methods), clusters=clusters, seed=seed, **case), out, resume, limit)
 
 def _checked(backbone, protocol, methods, case):
     "The options of `Case` in full, or a ValueError before any work"
@@ -345,28 +290,8 @@ def _checked(backbone, protocol, methods, case):
     defaults = {f: Case.__dataclass_fields__[f].default for f in ("k", "threshold", "layer", "mode", "order", "linkage", "metric")}
     if set(case) - set(defaults): raise TypeError(f"unknown option {min(set(case) - set(defaults))}; there are {', '.join(defaults)}")
     case = defaults | case
-    k, patches = case["k"], backbone.tokens - backbone.prefix
+    k, patches = case["k"], len(backbone.patches)
     if isinstance(k, int) and not 1 <= k <= patches: raise ValueError(f"k={k}: choose 1 to {patches}, the number of patch tokens, or 'classes'")
     if isinstance(k, str) and k != "classes": raise ValueError(f"k={k!r}: give a number, or 'classes'")
     if case["layer"] is None: case["layer"] = backbone.depth + 1
     return case
-
-def _progress(rows, done, total, **options): return tqdm(rows, desc="images", initial=done, total=total, delay=2, unit="image", **options)
-
-def _result(rows, settings):
-    "Rows to a Result"
-    good, bad = [r for r in rows if "error" not in r], {r["name"]: r["error"] for r in rows if "error" in r}
-    if not good: raise ValueError(f"none of the {len(rows)} images could be evaluated: {next(iter(bad.values()), 'the data set is empty')}")
-    tables = {m: confusions(good, m, settings["classes"], settings["protocol"], settings["clusters"], settings["seed"]) for m in settings["methods"]}
-    return Result({m: metrics_of(t, seed=settings["seed"]) for m, t in tables.items()}, {m: Confusion(settings["classes"], t.sum(0)) for m, t in tables.items()}, good, bad, settings)
-
-def _report(run, settings, device, seconds, fresh):
-    "Writes rows.jsonl and result.json, the same bytes for the same result, and record.json, which also says when and where"
-    found = _result(list(run.finish().values()), settings)
-    write_json(run.folder / "result.json", dict(metrics=found.metrics, iou={m: [None if np.isnan(v) else v for v in c.iou] for m, c in found.confusions.items()}, n=found.n, bad=found.bad, settings=run.settings))
-    if not fresh and (run.folder / "record.json").exists(): return found
-    first, *_ = settings["methods"]
-    named = found.metrics[first] | {f"{m} {k}": v for m, values in found.metrics.items() for k, v in values.items()}
-    data_hash = hashlib.sha256("".join(r["sha256"] for r in found.rows).encode()).hexdigest()
-    write_record(run.folder / "record.json", named, n=found.n, settings=run.settings, protocol=settings["protocol"], seed=settings["seed"], seconds=seconds, device=device, data_hash=data_hash, weights_hash=settings["weights_hash"], force=True)
-    return found

@@ -25,12 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 from .data import asset
-from .evaluation import BASELINES, Case, Confusion, Result, confusions, match, tally
+from .evaluation import BASELINES, Case, Confusion, confusions, match, tally
 from .explanation_maps import cotangents, explain, minmax, suppress_self, upsample
 from .figures import ACCENT, INK, SQUARE, blend, palette, panels, show, token_box
-from .interpretability_metrics import EXPLAINERS
+from .interpretability_metrics import EXPLAINERS, patch_maps
 from .models import Backbone, load
 from .preliminaries import attention_tap, class_map, contribution, forward
+from .records import Result
 from .segmentation import segment
 
 # %% ../nbs/12_reproduction.ipynb #df9569cf
@@ -178,7 +179,7 @@ def comparisons(backbone:Backbone, # a vision backbone
                 names:Sequence[str] # classes of the data set
                ) -> dict: # name to method
     "All baselines that this model allows"
-    rows = lambda explainer: lambda case: case.segment(suppress_self(explainer(backbone, case.inputs, case.layer)[:, backbone.patches], backbone.patches, backbone.prefix)[0])
+    rows = lambda explainer: lambda case: case.segment(patch_maps(explainer, backbone, case.inputs, case.layer, backbone.patches))
     found = BASELINES | {"rollout": rows(EXPLAINERS["rollout"]), "LeGrad": rows(EXPLAINERS["LeGrad"])}
     if backbone.clip is not None and hasattr(backbone.clip, "encode_text"): return found | {"class maps": class_logit_maps(backbone, names)}
     return found | ({"class maps": class_logit_maps(backbone)} if getattr(backbone.model, "num_classes", 0) else {})
