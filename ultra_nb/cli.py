@@ -211,8 +211,8 @@ def fit_w_command(args) -> None:
     options = {name: getattr(args, name) for name in ("k", "delta", "kind", "start", "shared", "passes", "lr", "mode", "seed")}
     learned = fit_projection(backbone, images, args.layer, **options, out=checkpoints)
     learned.save(args.out, args.force)
-    first, last = learned.history[0], learned.history[-1]
-    print(f"{len(learned.history)} steps: loss {first['loss']:.3g} -> {last['loss']:.3g}, held out {last['held out']:.3g}, {last['angle']:.1f} degrees from the start")
+    held, angles = learned.history["held out"], learned.history["angle"]
+    print(f"{len(angles)} steps: held-out loss {min(held):.0%} of the start's, {angles[-1]:.1f} degrees away from it")
     for name in ("checkpoint.safetensors", "settings.json", ".part-0.lock"): (checkpoints / name).unlink(missing_ok=True)
     checkpoints.rmdir()
     print(args.out)

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['PAPER_DATA', 'PAPER_MODELS', 'PAPER_SCALARS', 'picture_maps', 'figure1', 'figure3', 'figure4', 'class_logit_maps',
-           'comparisons', 'figure2', 'hardest', 'paper_table', 'run_result', 'compare', 'figure_layers', 'figure13',
-           'per_token_maps', 'Flops', 'seconds', 'matmul_rate', 'bench_maps', 'bench_table']
+           'comparisons', 'figure2', 'hardest', 'paper_table', 'run_result', 'compare', 'as_run', 'figure_curves',
+           'figure13', 'figure9', 'by_threshold', 'per_token_maps', 'Flops', 'seconds', 'matmul_rate', 'bench_maps',
+           'bench_table']
 
 # %% ../nbs/12_reproduction.ipynb #d614a54c
 import json, statistics, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.cluster.hierarchy import dendrogram
 from torch import nn, Tensor
@@ -27,8 +28,8 @@ from tqdm import tqdm
 from .data import asset
 from .evaluation import BASELINES, Case, Confusion, confusions, match, tally
 from .explanation_maps import cotangents, explain, minmax, suppress_self, upsample
-from .figures import ACCENT, INK, SQUARE, blend, palette, panels, show, token_box
-from .interpretability_metrics import EXPLAINERS, patch_maps
+from .figures import ACCENT, INK, SQUARE, blend, charts, line, palette, panels, show, token_box
+from .interpretability_metrics import EXPLAINERS, KINDS, SIGNS, chosen_patches, image_seed, patch_maps, perturb, ultra_rows
 from .models import Backbone, load
 from .preliminaries import attention_tap, class_map, contribution, forward
 from .records import Result
@@ -241,7 +242,7 @@ def compare(name:str, # "table1", ..
     ours = [next(filter(None, (_found(row, run) for run in runs)), dict(status="not run" if row.method == "ULTra" else "the paper's comparison")) for row in table.itertuples()]
     table = pd.concat([table.rename(columns=dict(value="paper")), pd.DataFrame(ours)], axis=1)
     embedded = [_line_of(method, metric, run, "embedded only") | dict(dataset="scenes", method=method, model=run["settings"]["model"], metric=metric)
-                for run in runs if run["settings"]["dataset"].startswith("scenes") for method in run["metrics"] for metric in ("U.ACC", "U.mIoU")]
+                for run in runs if run["settings"]["dataset"].startswith("scenes") for method, found in run["metrics"].items() for metric in sorted(set(table.metric)) if metric in found]
     table = pd.concat([table, pd.DataFrame(embedded)], ignore_index=True).reindex(columns=["dataset", "method", "scalar", "family", "model", "metric", "paper", "ours", "95 %", "n", "protocol", "status"])
     return table.astype(object).where(table.notna(), "")
 
@@ -250,31 +251,34 @@ def _found(row, run):
     settings = run["settings"]
     if row.method != "ULTra" or settings["dataset"].split()[0] != PAPER_DATA[row.dataset]: return None
     threshold = float(row.model.split()[1]) if row.model.startswith("threshold") else None
-    if settings["threshold"] != threshold or (threshold is None and settings["model"] != PAPER_MODELS[row.family, row.model]): return None
+    cut = settings["taus"][0] if "taus" in settings else settings.get("threshold")
+    if cut != threshold or (threshold is None and settings["model"] != PAPER_MODELS[row.family, row.model]): return None
     method = next((m for m in run["metrics"] if m.startswith(PAPER_SCALARS.get(row.scalar, "ULTra_S"))), None)
-    return method and _line_of(method, row.metric, run, "run")
+    return _line_of(method, row.metric, run, "run") if method and row.metric in run["metrics"][method] else None
 
 def _line_of(method, metric, run, status):
-    found = run["metrics"][method]
-    return {"ours": round(found[metric], 1), "95 %": f"{found[f'{metric} low']:.1f} to {found[f'{metric} high']:.1f}", "n": run["n"], "protocol": run["settings"]["protocol"], "status": status}
+    found, settings = run["metrics"][method], run["settings"]
+    protocol = settings.get("protocol") or ", ".join(f"{k} {settings[k]}" for k in ("shares", "k", "taus") if k in settings)
+    return {"ours": round(found[metric], 1), "95 %": f"{found[f'{metric} low']:.1f} to {found[f'{metric} high']:.1f}", "n": run["n"], "protocol": protocol, "status": status}
+
+def as_run(result:Result) -> dict: # as `run_result` gives
+    "A result that was not written to a folder, for `compare`"
+    return dict(metrics=result.metrics, n=result.n, settings=result.settings)
 
 # %% ../nbs/12_reproduction.ipynb #31ca0f51
-def figure_layers(results:dict, # title to {layer or other setting: Result}
+def figure_curves(results:dict, # title to {layer or other setting: Result}
                   methods:Sequence[str], # lines
-                  label:str="layer $l$" # of the horizontal axis
+                  label:str="layer $l$", # of the horizontal axis
+                  metrics:Sequence[str]=("U.ACC", "U.mIoU") # in percent
                  ): # matplotlib figure
-    "Figures 6, 7 and 12: U.ACC and U.mIoU against a setting, with 95 % intervals"
-    fig, axes = panels(len(results), 2, side=2.4)
-    fig.set_size_inches(7.2, 2.4 * len(results))
-    for line, (title, by_setting) in zip(axes, results.items()):
-        for ax, metric in zip(line, ("U.ACC", "U.mIoU")):
+    "Figures 6, 7, 10, 11 and 12: metrics against a setting, with 95 % intervals"
+    fig, axes = charts(len(results), len(metrics), label)
+    for row, (title, by_setting) in zip(axes, results.items()):
+        for ax, metric in zip(row, metrics):
             for method, colour in zip(methods, palette(len(methods)) / 255):
                 low, value, high = ([r.metrics[method][key] for r in by_setting.values()] for key in (f"{metric} low", metric, f"{metric} high"))
-                ax.plot(list(by_setting), value, marker="o", markersize=3, color=colour, label=method)
-                ax.fill_between(list(by_setting), low, high, color=colour, alpha=.15, linewidth=0)
-            ax.set_xlabel(label, fontsize=8), ax.set_ylabel(f"{metric} (%)", fontsize=8), ax.set_title(title, fontsize=9, color=INK)
-            ax.xaxis.set_major_locator(MaxNLocator(8, integer=all(isinstance(x, int) for x in by_setting))), ax.yaxis.set_major_locator(MaxNLocator(5))
-            ax.tick_params(labelsize=7), ax.spines[["left", "bottom"]].set_visible(True)
+                line(ax, list(by_setting), value, low, high, label=method, color=colour)
+            ax.set_ylabel(f"{metric} (%)", fontsize=8), ax.set_title(title, fontsize=9, color=INK)
     axes[0, 0].legend(fontsize=7, frameon=False)
     return fig
 
@@ -299,6 +303,34 @@ def figure13(case:Case, # one image
         ax = fig.add_subplot(grid[1, i])
         ax.imshow(image), ax.set_title(title, fontsize=8, color=INK), ax.set_axis_off()
     return fig
+
+# %% ../nbs/12_reproduction.ipynb #ac4791e2
+def figure9(backbone:Backbone, # a vision backbone
+            image:Image.Image,
+            tokens:Sequence[int], # patch tokens, a row each
+            share:float=.3, # of the patches that are changed
+            layer:int|None=None, # the paper's l; None = after the last block
+            explainer:Callable=ultra_rows() # of `interpretability_metrics`
+           ): # matplotlib figure
+    "Tokens, their maps, and the picture perturbed by them"
+    x, tokens = backbone.transform(image)[None], torch.as_tensor(tokens)
+    maps = patch_maps(explainer, backbone, x, layer, tokens)
+    pixels = lambda x: ((x * torch.tensor(backbone.std)[:, None, None] + torch.tensor(backbone.mean)[:, None, None]).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    seeded = lambda: torch.Generator().manual_seed(image_seed(x))
+    copies = [pixels(perturb(x, chosen_patches(maps, tokens - backbone.prefix, share, sign, seeded()), backbone.grid, kind, seeded())) for kind in KINDS for sign in SIGNS]
+    fig, axes = panels(len(tokens), 6, titles=["image", "map", *(f"{kind}, {sign}" for kind in KINDS for sign in SIGNS)])
+    for row, token, heat, *changed in zip(axes, tokens.tolist(), upsample(minmax(maps), backbone.grid, backbone.size).numpy(), *copies):
+        box = token_box(token, backbone.grid, backbone.size, backbone.prefix)
+        show(row[0], pixels(x)[0], box=box), show(row[1], pixels(x)[0], heat, box)
+        for ax, picture in zip(row[2:], changed): show(ax, picture, box=box)
+    return fig
+
+# %% ../nbs/12_reproduction.ipynb #a397210b
+def by_threshold(result:Result # of `itiou_test` with several thresholds
+                ) -> dict: # threshold to Result with one ITIoU
+    "A result for `figure_curves`"
+    one = lambda found, tau: {f"ITIoU{end}": found[f"ITIoU {tau:g}{end}"] for end in ("", " low", " high")}
+    return {tau: replace(result, metrics={m: one(found, tau) for m, found in result.metrics.items()}, settings=result.settings | dict(taus=[tau])) for tau in result.settings["taus"]}
 
 # %% ../nbs/12_reproduction.ipynb #faf24ac2
 def per_token_maps(model:nn.Module, # any transformer

@@ -89,7 +89,7 @@ class Projection:
     "W with the history of its training"
     W: Tensor # unit rows [N, D]
     provenance: dict # backbone, layer, size, data, settings
-    history: list = field(default_factory=list) # a dict per step: loss, angle to the start in degrees; held-out loss after each pass
+    history: dict = field(default_factory=dict) # "loss" of each step's batch before the step, "angle" to the start after it in degrees, "held out" after each pass, beginning with 1 for the start
 
     def save(self, path:str|Path, force:bool=False) -> Path:
         "Writes a safetensors file. Raises FileExistsError for an existing one unless `force`"
@@ -126,7 +126,7 @@ class _Trainer:
         self.theta = theta.requires_grad_()
         self.start = unit(theta).detach().clone()
         self.adam = torch.optim.Adam([self.theta], lr=lr)
-        self.history, self.best, self.held = [], self.start.clone(), math.inf
+        self.history, self.best = {"loss": [], "angle": [], "held out": [1.]}, self.start.clone()
 
     @property
     def W(self) -> Tensor: return unit(self.theta).detach()
@@ -140,25 +140,26 @@ class _Trainer:
         self.adam.zero_grad()
         value.backward()
         self.adam.step()
-        self.history.append(dict(loss=value.item(), angle=self.angle()))
+        self.history["loss"].append(value.item())
+        self.history["angle"].append(self.angle())
 
     def improves(self, d):
-        "Notes the held-out loss on differences d and keeps W where it fell"
-        value = loss(self.theta, d).mean().item()
-        self.history[-1]["held out"] = value
-        if value >= self.held: return False
-        self.best, self.held = self.W.clone(), value
-        return True
+        "Notes the held-out loss on differences d, relative to the start's on the same ones, and keeps W where it fell"
+        reference, best = loss(self.start, d).mean(), min(self.history["held out"])
+        value = (loss(self.theta, d).mean() / reference).item() if reference else 1.
+        self.history["held out"].append(value)
+        if value < best: self.best = self.W.clone()
+        return value < best
 
     def pack(self) -> bytes:
         state = self.adam.state_dict()["state"][0]
-        return save(dict(theta=self.theta.detach().cpu(), best=self.best.cpu(), **{k: v.detach().cpu().clone() for k, v in state.items()}), dict(history=json.dumps(self.history), held=json.dumps(self.held)))
+        return save(dict(theta=self.theta.detach().cpu(), best=self.best.cpu(), **{k: v.detach().cpu().clone() for k, v in state.items()}), dict(history=json.dumps(self.history)))
 
     def unpack(self, path):
         with safe_open(path, "pt") as f:
             kept, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
         with torch.no_grad(): self.theta.copy_(kept["theta"])
-        self.best, self.history, self.held = kept["best"].to(self.theta), json.loads(meta["history"]), json.loads(meta["held"])
+        self.best, self.history = kept["best"].to(self.theta), json.loads(meta["history"])
         groups = self.adam.state_dict()["param_groups"]
         self.adam.load_state_dict(dict(state={0: {k: kept[k] for k in ("step", "exp_avg", "exp_avg_sq")}}, param_groups=groups))
 
@@ -219,13 +220,13 @@ def fit_projection(backbone, # a vision `Backbone`, frozen
         return torch.stack(found)
     with one_thread_each(trainer.theta.device) as pool, (Run(out, provenance) if out else nullcontext()) as run:
         if run and (kept := run.folder / "checkpoint.safetensors").exists(): trainer.unpack(kept)
-        first = len(trainer.history)
+        first = len(trainer.history["loss"])
         for n in tqdm(range(first, len(batches)), desc="steps", initial=first, total=len(batches), delay=2):
             if n and n % each == 0 and not trainer.improves(all_seen(held, 0)): break
             trainer.step(all_seen(batches[n], n + 1))
             if run: write_bytes(run.folder / "checkpoint.safetensors", trainer.pack())
         else: trainer.improves(all_seen(held, 0))
-    if delta and not any(h["loss"] for h in trainer.history): raise ValueError(f"with k={k} every image is one segment, so nothing was perturbed: take a larger k")
+    if delta and not any(trainer.history["loss"]): raise ValueError(f"with k={k} every image is one segment, so nothing was perturbed: take a larger k")
     return learned()
 
 # %% ../nbs/07_self_consistency.ipynb #3085a7b2
