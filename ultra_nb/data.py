@@ -4,14 +4,19 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'MAX_PIXELS', 'ORIENTATION', 'BACKGROUNDS', 'OBJECTS', 'CLASSES', 'COLOURS', 'IGNORE', 'VOC', 'COARSE',
-           'POTSDAM', 'MERGED', 'CORNERS', 'DATA', 'asset_dir', 'asset', 'sha256', 'listed_sums', 'check_assets',
-           'to_8bit', 'to_rgb', 'read_image', 'Dice', 'Thing', 'Scene', 'scene', 'Scenes', 'Sample', 'read_labels',
-           'label_table', 'to_classes', 'read_pair', 'centre_square', 'Pictures', 'scenes', 'voc', 'mostly_stuff',
-           'coco_stuff', 'cityscapes', 'read_mat', 'tile_labels', 'read_tile', 'potsdam', 'folder', 'Source',
-           'open_data', 'Report', 'check_data']
+           'POTSDAM', 'MERGED', 'CORNERS', 'DATA', 'PEOPLE', 'SHADES', 'DAYS', 'DOMAINS', 'WANTS', 'WHY', 'ASKS',
+           'OTHER_WANTS', 'OTHER_WHY', 'OTHER_ASKS', 'FILLERS', 'POST_COLUMNS', 'asset_dir', 'asset', 'sha256',
+           'listed_sums', 'check_assets', 'to_8bit', 'to_rgb', 'read_image', 'Dice', 'Thing', 'Scene', 'scene',
+           'Scenes', 'Sample', 'read_labels', 'label_table', 'to_classes', 'read_pair', 'centre_square', 'Pictures',
+           'scenes', 'voc', 'mostly_stuff', 'coco_stuff', 'cityscapes', 'read_mat', 'tile_labels', 'read_tile',
+           'potsdam', 'folder', 'Source', 'open_data', 'Report', 'check_data', 'Post', 'post', 'Posts', 'read_posts',
+           'read_pairs']
 
 # %% ../nbs/02_data.ipynb #75b7e77c
+import csv
 import hashlib
+import json
+import re
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -817,3 +822,149 @@ def _labels_of(pictures, where):
     labels = pictures.read(*where)[1]
     to_classes(labels, pictures.table, where[-1])
     return set(np.unique(labels).tolist())
+
+# %% ../nbs/02_data.ipynb #1dd83df2
+PEOPLE = "sister brother mother father uncle aunt cousin boss neighbour roommate teacher friend".split()
+SHADES = "red blue green yellow black white brown grey".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+DOMAINS = dict( # verbs, things, reasons, plans
+    home=("sell paint move repair".split(), "sofa table house door fence car".split(), ["the rent went up", "there is no room left", "a baby is coming", "the roof leaks"], ["call a lawyer", "hire a painter", "rent a truck", "ask the landlord"]),
+    work=("cancel delay copy finish".split(), "project report budget contract folder website".split(), ["the client is angry", "the numbers are wrong", "two people quit", "the deadline moved"], ["quit the job", "write a letter", "tell the manager", "ask for a raise"]),
+    pets=("adopt train feed wash".split(), "dog cat parrot rabbit horse turtle".split(), ["the shelter is full", "it barks all night", "the garden is large", "it lost its owner"], ["visit the vet", "build a cage", "buy more food", "find a trainer"]),
+    travel=("book visit leave photograph".split(), "hotel island castle museum bus beach".split(), ["the flights are cheap", "the summer is short", "the map was wrong", "an actor lives there"], ["pack a bag", "change the ticket", "learn the language", "save some money"]),
+    school=("fail skip repeat study".split(), "exam course essay lesson class test".split(), ["the book is too long", "the professor left", "the grades were lost", "it starts at six"], ["join a group", "hire a tutor", "change the subject", "read every night"]))
+WANTS = ["My {who} wants to {verb} the {shade} {thing}.", "It is my {who} who wants to {verb} the {shade} {thing}.", "So my {who} really wants to {verb} the {shade} {thing}."]
+WHY = ["The reason is that {reason}.", "All of this is because {reason}."]
+ASKS = ["Should I {plan} on {day}?", "I wonder if I should {plan} on {day}."]
+OTHER_WANTS = ["Last year my {who} tried to {verb} a {shade} {thing}.", "Years ago my {who} used to {verb} some {shade} {thing}."]
+OTHER_WHY = ["Some say that {reason}, but that is not so.", "People online claim that {reason}, which is false."]
+OTHER_ASKS = ["A stranger had to {plan} on {day}.", "Someone else did {plan} last {day}."]
+FILLERS = ["I have thought about this for a long time.", "This has been on my mind all week.", "I am not good at this kind of thing.", "Sorry for the long text, I had to get it out.", "I am new here, so please be kind.", "Maybe I worry too much.",
+           "I do not want to upset anyone.", "We have talked about it many times.", "Everyone has an opinion about it.", "Honestly, it makes me tired.", "Thanks for reading this far.", "I would love to hear what you think.", "It is hard to explain to people who were not there.", "English is not my first language."]
+
+@dataclass
+class Post:
+    "A text, what should be said of it, and which of its words decide that"
+    name:str
+    context:str
+    summary:str                  # the preferred one
+    rejected:str|None = None     # one that is wrong
+    decisive:tuple = ()          # (start, end) characters of the words the summary must come from
+    distractors:tuple = ()       # (start, end) characters of words of the same kinds that it must not come from
+    facts:tuple = ()             # what the summary must name
+
+def _told(facts): return "{who} wants to {verb} the {shade} {thing} because {reason}; should I {plan} on {day}?".format(**facts)
+
+def _facts(dice, domain, but=None):
+    "One value of every kind, none of them as in `but`"
+    verbs, things, reasons, plans = DOMAINS[domain]
+    kinds = dict(who=PEOPLE, verb=verbs, shade=SHADES, thing=things, reason=reasons, plan=plans, day=DAYS)
+    return {kind: dice.pick([o for o in options if not but or o != but[kind]]) for kind, options in kinds.items()}
+
+def _sentence(frame, facts):
+    "A frame with its facts, and the (start, end) of each word of a fact"
+    text, spans = "", []
+    for part in re.split(r"(\{\w+\})", frame):
+        fact = facts[part[1:-1]] if part.startswith("{") else None
+        if fact: spans += [(len(text) + m.start(), len(text) + m.end()) for m in re.finditer(r"\S+", fact)]
+        text += fact or part
+    return text, spans
+
+def post(seed:int)->Post: # 60 to 200 words
+    "The post of a seed"
+    dice = Dice(seed)
+    domain = dice.pick(list(DOMAINS))
+    true = _facts(dice, domain)
+    other = _facts(dice, domain, but=true)
+    words = 60 + int(129*dice.uniform()**2)
+    sentences = [(*_sentence(dice.pick(frames), facts), facts is true) for frames, facts in ((WANTS, true), (WHY, true), (ASKS, true), (OTHER_WANTS, other), (OTHER_WHY, other), (OTHER_ASKS, other))]
+    while sum(len(s.split()) for s, *_ in sentences) < words: sentences.append((dice.pick(FILLERS), [], False))
+    order = np.argsort(dice.uniform(shape=(len(sentences),)), kind="stable")
+    text, spans = "", {True: [], False: []}
+    for i in order:
+        sentence, places, is_true = sentences[i]
+        spans[is_true] += [(len(text)+a, len(text)+b) for a, b in places]
+        text += sentence + " "
+    kinds = dice.pick([("who", "shade", "thing"), ("verb", "thing"), ("reason",), ("plan", "day"), ("who", "reason"), ("shade", "day")])
+    wrong = _told(true | {kind: other[kind] for kind in kinds})
+    return Post(f"{domain} {seed}", text.rstrip(), _told(true), wrong, tuple(spans[True]), tuple(spans[False]), tuple(true.values()))
+
+class Posts:
+    "A data set in the way of PyTorch: `len(posts)`, `posts[i]` -> `Post`, written on demand"
+    def __init__(self,
+        split:str, # "train" or "val", disjoint
+        n:int):    # number of posts
+        if split not in ("train", "val"): raise ValueError(f"split is 'train' or 'val', not {split!r}")
+        self.split, self.n = split, n
+    def __len__(self): return self.n
+    def __getitem__(self, i:int)->Post:
+        if not 0 <= i < self.n: raise IndexError(f"post {i} of {self.n}")
+        return post(2*i + (self.split == "val"))
+
+# %% ../nbs/02_data.ipynb #c894ec57
+POST_COLUMNS = dict(context=("context", "post", "prompt", "document"), summary=("summary", "ref_text", "chosen", "completion", "highlights"))
+
+def _table(path):
+    "Rows of a CSV or JSON lines file as dicts, with their line numbers"
+    path = Path(path).expanduser()
+    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
+    with open(path, encoding="utf-8", newline="") as f:
+        if path.suffix.lower() == ".csv":
+            reader = csv.DictReader(f)
+            return [(reader.line_num, row) for row in reader]
+        try: return [(n, json.loads(line)) for n, line in enumerate(f, 1) if line.strip()]
+        except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path} is not CSV and not JSON lines ({e}): write one JSON object a line") from None
+
+def read_posts(
+    path:str|Path,     # .csv, or JSON lines
+    separator="TL;DR:", # taken off the end of contexts that have it
+)->list: # of `Post`
+    "Posts and summaries from a file"
+    rows = _table(path)
+    if not rows: raise ValueError(f"{path} holds no posts")
+    names = {kind: next((c for c in columns if c in rows[0][1]), None) for kind, columns in POST_COLUMNS.items()}
+    missing = [kind for kind, column in names.items() if column is None]
+    if missing: raise ValueError(f"{path} has no column for the {missing[0]}: call it {' or '.join(POST_COLUMNS[missing[0]])}; there are {', '.join(map(str, rows[0][1]))}")
+    found = {}
+    for n, row in rows:
+        context, summary = (str(row[names[kind]] or "").strip() for kind in ("context", "summary"))
+        context = context.removesuffix(separator).rstrip()
+        if not context or not summary: raise ValueError(f"{path}, line {n}: the {'summary' if context else 'context'} is empty")
+        found.setdefault(context, Post(f"{Path(path).name} {n}", context, summary))
+    return list(found.values())
+
+# %% ../nbs/02_data.ipynb #ce040ab3
+def _said(answer):
+    "The text of an answer that may be a chat"
+    if isinstance(answer, list): return str(answer[-1].get("content", "")) if answer else ""
+    return answer if isinstance(answer, str) else ""
+
+def _pair(row):
+    "prompt, chosen, rejected of a row in any of the three shapes"
+    if "summaries" in row: # OpenAI's comparisons
+        post, texts, choice = row.get("info", {}).get("post"), [s.get("text", "") for s in row["summaries"]], row.get("choice")
+        if choice not in (0, 1) or len(texts) != 2: return post or "", "", ""
+        return f"{post or ''}\n\nTL;DR:", texts[choice], texts[1-choice]
+    prompt = row.get("prompt", "")
+    if isinstance(row.get("chosen"), list): prompt = f"{_said(prompt) if isinstance(prompt, list) else prompt}\n\n"
+    return prompt, _said(row.get("chosen")), _said(row.get("rejected"))
+
+def read_pairs(
+    source:str|Path, # JSON lines, or a data set of the hub
+    split="train",   # of the hub's data set
+)->list: # of dict(prompt, chosen, rejected)
+    "Preference pairs; `ValueError` naming the line where a side is missing or both are the same"
+    if Path(source).expanduser().exists(): rows = _table(source)
+    else:
+        from datasets import load_dataset
+        try: rows = list(enumerate(load_dataset(str(source), split=split), 1))
+        except Exception as e: raise ValueError(f"{source} is no file here, and the hub gives no such data set ({' '.join(str(e).split())[:120]}): pass a file of JSON lines with prompt, chosen and rejected") from None
+    found = []
+    for n, row in rows:
+        pair = dict(zip(("prompt", "chosen", "rejected"), _pair(row)))
+        missing = [side for side, text in pair.items() if not text.strip()]
+        if missing: raise ValueError(f"{source}, line {n}: {missing[0]} is missing or empty")
+        if pair["chosen"].strip() == pair["rejected"].strip(): raise ValueError(f"{source}, line {n}: chosen and rejected are the same")
+        found.append(pair)
+    if not found: raise ValueError(f"{source} holds no pairs")
+    return found
