@@ -203,13 +203,16 @@ def data_command(args) -> None:
 # %% ../nbs/13_cli.ipynb #d7feed58
 def fit_w_command(args) -> None:
     "Learns a projection W on images of a data set, whose masks are not looked at"
-    from ultra_nb.self_consistency import fit_projection
+    from ultra_nb.self_consistency import FitError, fit_projection
     _writable(args.out, ".safetensors", force=args.force)
     dataset, backbone = _dataset(args), _backbone(args)
     if args.limit < 1 or len(dataset) < args.limit: raise ValueError(f"--images {args.limit}: {args.dataset} {dataset.split} has 1 to {len(dataset)}")
     images, checkpoints = [dataset[i].image for i in range(args.limit)], Path(f"{args.out}.run")
     options = {name: getattr(args, name) for name in ("k", "delta", "kind", "start", "shared", "passes", "lr", "mode", "seed")}
-    learned = fit_projection(backbone, images, args.layer, **options, out=checkpoints)
+    try: learned = fit_projection(backbone, images, args.layer, **options, out=checkpoints)
+    except FitError as stopped:
+        stopped.projection.save(args.out, args.force)
+        raise ValueError(f"{stopped}; {args.out} holds the last good W") from None
     learned.save(args.out, args.force)
     held, angles = learned.history["held out"], learned.history["angle"]
     print(f"{len(angles)} steps: held-out loss {min(held):.0%} of the start's, {angles[-1]:.1f} degrees away from it")

@@ -279,13 +279,13 @@ def itiou_test(backbone:Backbone, # a vision backbone
         if not 0 <= tau <= 1: raise ValueError(f"tau={tau}: it must be in 0..1")
     names = ["ITIoU"] if len(taus) == 1 else [f"ITIoU {tau:g}" for tau in taus]
     def metrics(rows):
-        rows = [r for r in rows if any(classes is None or int(c) in classes for c in r["pointing"][next(iter(methods))])]
-        if not rows: raise ValueError("no image has a class that owns a patch: ITIoU needs masks")
+        counted = [r for r in rows if any(classes is None or int(c) in classes for c in r["pointing"][next(iter(methods))])]
+        if not counted: raise ValueError("no image has a class that owns a patch: ITIoU needs masks")
         found = {}
         for method in methods:
-            values = np.array([[*class_mean(r["ITIoU"][method], classes), *class_mean(r["pointing"][method], classes)] for r in rows])
+            values = np.array([[*class_mean(r["ITIoU"][method], classes), *class_mean(r["pointing"][method], classes)] for r in counted])
             found[method] = {k: v for name, column in zip([*names, "pointing", "chance"], values.T) for k, v in with_interval(name, column, seed).items()}
-        return found, dict(counted=len(rows), void_tokens=sum(r["void_tokens"] for r in rows), classes_without_token=sum(len(r["classes_without_token"]) for r in rows), constant={m: sum(r["constant"][m] for r in rows) for m in methods})
+        return found, dict(counted=len(counted), void_tokens=sum(r["void_tokens"] for r in rows), classes_without_token=sum(len(r["classes_without_token"]) for r in rows), constant={m: sum(r["constant"][m] for r in rows) for m in methods})
     work = lambda sample: itiou_row(backbone, sample, methods, layer, taus)
     return measure(backbone, dataset, work, metrics, dict(test="itiou", methods=list(methods), taus=taus, layer=layer, classes=classes, seed=seed), out, resume, limit)
 

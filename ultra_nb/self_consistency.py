@@ -212,12 +212,11 @@ def fit_projection(backbone, # a vision `Backbone`, frozen
     learned = lambda: Projection(trainer.best.expand(backbone.tokens, -1).contiguous(), provenance, trainer.history)
     def seen(i, step):
         x = backbone.transform(_picture(images[i]))[None].to(trainer.theta)
-        return differences(backbone, x, classes_of(backbone, x, trainer.W, layer, k, mode), layer, delta, kind, _noise(seed, step, i))
-    def all_seen(part, step):
-        found = list(pool.map(seen, part.tolist(), [step] * len(part)))
-        bad = [i for i, d in zip(part.tolist(), found) if not d.isfinite().all()]
-        if bad: raise FitError(f"image {bad[0]} gives tokens that are not finite: the last good W is kept", learned())
-        return torch.stack(found)
+        try: d = differences(backbone, x, classes_of(backbone, x, trainer.W, layer, k, mode), layer, delta, kind, _noise(seed, step, i))
+        except ValueError as error: raise FitError(f"image {i}: {error}", learned()) from None
+        if not d.isfinite().all(): raise FitError(f"image {i}: perturbed, its tokens are not finite", learned())
+        return d
+    def all_seen(part, step): return torch.stack(list(pool.map(seen, part.tolist(), [step] * len(part))))
     with one_thread_each(trainer.theta.device) as pool, (Run(out, provenance) if out else nullcontext()) as run:
         if run and (kept := run.folder / "checkpoint.safetensors").exists(): trainer.unpack(kept)
         first = len(trainer.history["loss"])
