@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'SEVERAL', 'DATASETS', 'explain_command', 'segment_command', 'evaluate_command', 'perturb_command',
-           'itiou_command', 'data_command', 'fit_w_command', 'bench_command', 'parser', 'main']
+           'itiou_command', 'data_command', 'fit_w_command', 'summarize_command', 'bench_command', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #ae4645ba
 import argparse, os, sys
@@ -220,6 +220,30 @@ def fit_w_command(args) -> None:
     checkpoints.rmdir()
     print(args.out)
 
+# %% ../nbs/13_cli.ipynb #b39559fb
+def _post(path):
+    "The text of a file, or of standard input"
+    if path == "-": return sys.stdin.read()
+    try: return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError: raise FileNotFoundError(f"no file {path}: check the path, or pass - and the text on standard input") from None
+    except UnicodeDecodeError: raise ValueError(f"{path} is not a text file in UTF-8") from None
+
+def summarize_command(args) -> None:
+    "Colours the words of a text by what they contribute to its summary"
+    from ultra_nb.models import load
+    from ultra_nb.records import write_bytes
+    from ultra_nb.summarization import contribution_scores, summarize, text_page, word_scores
+    _writable(args.html, ".html", ".htm", force=args.force)
+    context, backbone = _post(args.file).strip(), load(args.model, weights=args.weights, device=args.device)
+    if backbone.grid is not None: raise ValueError(f"{args.model} looks at pictures; summarize needs a language model")
+    if backbone.tokenizer is None: raise ValueError(f"{args.model} has no tokenizer beside its weights: save it into the same folder")
+    print(backbone, file=sys.stderr)
+    summary = args.summary or summarize(backbone.model, backbone.tokenizer, context)
+    found = contribution_scores(backbone, backbone.tokenizer, context, summary, args.layer, args.scalar, args.mode, truncate=args.truncate)
+    print(f"TL;DR: {summary}")
+    for word in sorted(word_scores(found), key=lambda w: -w.score)[:10]: print(f"{word.score:9.3g}  {word.text}")
+    print(write_bytes(args.html, text_page({args.model: found}).encode()))
+
 # %% ../nbs/13_cli.ipynb #910abf05
 def bench_command(args) -> None:
     "Measures what maps cost: the paper's procedure, exact and diagonal"
@@ -354,6 +378,19 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("dataset", metavar="DATASET", nargs="?", help="voc, coco-stuff, cityscapes, potsdam, folder or scenes (default: lists them)")
     _data_arguments(data)
     data.set_defaults(run=data_command)
+    summarize = commands.add_parser("summarize", help="colour a text by what its summary was made from", description="Scores every word of a text by what it contributes to a summary (eq. 15), the one given or the model's own, and writes a page with coloured words.")
+    summarize.add_argument("file", metavar="FILE", help="text to read, or - for standard input")
+    summarize.add_argument("--summary", metavar="TEXT", help="summary to explain (default: the model's own)")
+    summarize.add_argument("--model", default="tldr_llama", metavar="NAME", help="tldr_llama (comes with the package), llama2_7b, or a folder with a causal language model of transformers (default: %(default)s)")
+    summarize.add_argument("--weights", metavar="FILE", help="local weights of a model known by name")
+    summarize.add_argument("--layer", type=int, metavar="L", help="layer of the summary's tokens, 2 to number of blocks + 1 (default: after the last block)")
+    summarize.add_argument("--scalar", choices=("sum", "energy", "normalized"), default="sum", help="number to explain (default: %(default)s)")
+    summarize.add_argument("--mode", choices=("exact", "diagonal"), default="exact", help="exact scores, or all tokens for one backward pass (default: %(default)s)")
+    summarize.add_argument("--truncate", action="store_true", help="drop the text's end where it is too long for the model; the summary stays whole")
+    summarize.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    summarize.add_argument("--html", default="summary.html", metavar="OUT.html", help="page to write (default: %(default)s)")
+    summarize.add_argument("--force", action="store_true", help="replace a page that exists")
+    summarize.set_defaults(run=summarize_command)
     bench = commands.add_parser("bench", help="measure speed and memory", description="Measures speed and memory.")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser("maps", help="explanation maps: the paper's procedure, exact and diagonal", description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: seconds per image, ratios, peak memory, share of the machine's matrix-product rate.")
     _common(what, mode=None)

@@ -1,0 +1,126 @@
+"Contribution scores on other architectures, a trained model and long contexts, and the summarize command as a stranger would run it."
+import io, os, subprocess, sys
+from pathlib import Path
+import pytest, torch, transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from ultra_nb.cli import main
+from ultra_nb.data import post, read_posts
+from ultra_nb.models import find_blocks, load
+from ultra_nb.reproduction import per_token_maps
+from ultra_nb.summarization import contribution_scores, join, text_figure, word_scores
+
+ROOT = Path(__file__).parent.parent
+KIT = Path(os.environ.get("ULTRA_NB_KIT", ROOT.parent / "shared" / "kit"))
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+TEXT = "Wörter, 🙂 words: my boss\n\nwants wants wants it. 謝謝!"
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    "Bytes as they are"
+    letters = {c: i for i, c in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    bytes_ = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+MODELS = {
+    "Llama, grouped": lambda v: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=v, num_key_value_heads=2)),
+    "Mistral": lambda v: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, vocab_size=v, num_key_value_heads=2)),
+    "Qwen2": lambda v: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, vocab_size=v, num_key_value_heads=2)),
+    "GPT-2": lambda v: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=v, n_positions=256)),
+}
+
+def reference(net, tokenizer, context, summary, layer):
+    joined = join(tokenizer, context, summary)
+    rows = per_token_maps(net, dict(input_ids=torch.tensor([joined.input_ids]), use_cache=False), find_blocks(net), layer, tokens=range(*joined.summary_span))[0]
+    return rows[:, slice(*joined.context_span)].mean(0)
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_scores_are_the_papers_on(name, tokenizer):
+    torch.manual_seed(0)
+    net = MODELS[name](len(tokenizer)).eval().double()
+    for layer in (2, 4):
+        expected, found = reference(net, tokenizer, TEXT, "boss wants", layer), contribution_scores(net, tokenizer, TEXT, "boss wants", layer)
+        assert ((found.scores - expected).abs().max() / expected.max()).item() < 1e-8
+        assert "".join(w.text for w in word_scores(found)) == "".join(TEXT.split())
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        both = contribution_scores(net, tokenizer, [TEXT, "Short."], ["boss wants", "a longer summary than that"])
+        assert torch.allclose(both[0].scores, contribution_scores(net, tokenizer, TEXT, "boss wants").scores, atol=1e-10)
+
+@pytest.mark.skipif(not KIT.exists(), reason="no folder with real weights")
+def test_trained_llama_and_real_posts():
+    backbone = load(str(KIT / "stories260K"))
+    backbone.model.double()
+    story, summary = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.", "Lily played in the park."
+    expected, found = reference(backbone.model, backbone.tokenizer, story, summary, backbone.depth + 1), contribution_scores(backbone, backbone.tokenizer, story, summary)
+    assert ((found.scores - expected).abs().max() / expected.max()).item() < 1e-8
+    assert [story[a:b] for a, b in found.offsets if a < b] and {i for a, b in found.offsets for i in range(a, b)} >= {i for i, c in enumerate(story) if c != " "}
+    posts = read_posts(KIT / "tldr/tldr_samples.csv")
+    told = min(posts, key=lambda p: len(p.context))
+    assert text_figure({told.name: contribution_scores(backbone, backbone.tokenizer, told.context, told.summary, mode="diagonal", truncate=True)}).axes
+
+LONG = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from transformers import LlamaConfig, LlamaForCausalLM
+from ultra_nb.explanation_maps import explain
+from ultra_nb.reproduction import _resident
+from ultra_nb.summarization import explaining_memory
+config = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000, max_position_embeddings=4096)
+net = LlamaForCausalLM(config).eval().requires_grad_(False)
+explain(net, dict(input_ids=torch.randint(1000, (1, 16))), mode="diagonal")
+before = _resident("VmRSS")
+explain(net, dict(input_ids=torch.randint(1000, (1, 2048))), tokens=range(2020, 2048), mode="diagonal")
+print((_resident("VmHWM") - before) / 2**30, explaining_memory(config, 2048, "diagonal")["total"])
+"""
+
+def test_two_thousand_tokens_take_the_memory_that_is_stated():
+    done = subprocess.run([sys.executable, "-c", LONG.format(root=str(ROOT))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    taken, stated = map(float, done.stdout.split())
+    assert .4 * stated < taken < 1.3 * stated
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    "A language model as transformers saves it"
+    torch.manual_seed(0)
+    at = tmp_path_factory.mktemp("language") / "model"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=1024)).save_pretrained(at)
+    tokenizer.save_pretrained(at)
+    (at / "post.txt").write_text(post(0).context)
+    return at
+
+def test_summarize_writes_a_page(folder, tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.html"
+    argv = ["summarize", str(folder / "post.txt"), "--model", str(folder), "--html", str(page)]
+    assert main([*argv, "--summary", "It's <b>bold</b>."]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("TL;DR: It's <b>bold</b>.") and out.strip().endswith(str(page))
+    assert "&lt;b&gt;bold" in page.read_text() and page.read_text().count("<mark") == len(post(0).context.split())
+    assert main(argv) == 1 and "exists already" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("From standard input."))
+    assert main(["summarize", "-", "--model", str(folder), "--summary", "s", "--mode", "diagonal", "--layer", "3", "--html", str(page), "--force"]) == 0
+
+@pytest.mark.parametrize("said, argv", {
+    "the context is empty": ["EMPTY", "--summary", "s"],
+    "is not a text file": ["BYTES", "--summary", "s"],
+    "no file": ["nothing.txt", "--summary", "s"],
+    "needs a language model": ["FILE", "--model", "scenes_dino"],
+    "more than the model's window of 1024": ["LONG", "--summary", "s"],
+    "outside 2..4": ["FILE", "--summary", "s", "--layer", "9"],
+    "must end in .html": ["FILE", "--html", "page.txt"],
+}.items())
+def test_summarize_says_what_is_wrong(said, argv, folder, tmp_path, capsys):
+    files = dict(EMPTY=b" \n", BYTES=b"\xff\xfe\x00", FILE=b"words", LONG=b"word " * 400)
+    for name, content in files.items(): (tmp_path / name).write_bytes(content)
+    argv = ["summarize", str(tmp_path / argv[0]), *argv[1:]]
+    for option, value in (("--model", folder), ("--html", tmp_path / "page.html")): argv += [] if option in argv else [option, str(value)]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert said in err.strip().splitlines()[-1] and "Traceback" not in err and not (tmp_path / "page.html").exists()
+
+def test_truncate_keeps_the_summary(folder, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("word " * 400)
+    assert main(["summarize", str(tmp_path / "long.txt"), "--model", str(folder), "--summary", "whole summary", "--truncate", "--html", str(tmp_path / "page.html")]) == 0
+    assert "whole summary" in (tmp_path / "page.html").read_text()
