@@ -124,3 +124,25 @@ def test_truncate_keeps_the_summary(folder, tmp_path, capsys):
     (tmp_path / "long.txt").write_text("word " * 400)
     assert main(["summarize", str(tmp_path / "long.txt"), "--model", str(folder), "--summary", "whole summary", "--truncate", "--html", str(tmp_path / "page.html")]) == 0
     assert "whole summary" in (tmp_path / "page.html").read_text()
+
+def test_train_from_a_settings_file(folder, tmp_path, capsys):
+    import json
+    from ultra_nb.data import asset
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(dict(prompt=f"Is {i} a number?", chosen=" It is.", rejected=" No.")) for i in range(8)))
+    for stage in ("sft", "dpo"):
+        settings = json.loads(asset(f"{stage}_llama2_7b.json").read_text())
+        settings["arguments"] |= dict(max_steps=1, use_cpu=True, bf16=False, per_device_train_batch_size=2, gradient_accumulation_steps=1, disable_tqdm=True)
+        (tmp_path / f"{stage}.json").write_text(json.dumps(settings))
+        argv = ["train", str(tmp_path / f"{stage}.json"), "--model", str(folder), "--data", str(pairs), "--out", str(tmp_path / stage)]
+        assert main(argv) == 0
+        assert (tmp_path / stage / ("adapter_model.safetensors" if stage == "dpo" else "model.safetensors")).exists()
+    assert main([*argv[:-3], "other.jsonl", *argv[-2:]]) == 1 and "other settings" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["train", "nothing", "--out", str(tmp_path / "new")]) == 1 and not (tmp_path / "new").exists()
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}')
+    assert main([*argv[:-1], str(tmp_path / "same")]) == 1 and "line 1: chosen and rejected are the same" in capsys.readouterr().err.splitlines()[-1]
+
+def test_configurations_of_accelerate_are_read():
+    from accelerate.commands.config.config_args import load_config_from_file
+    from ultra_nb.data import asset
+    for name in ("cpu", "gpu", "fsdp"): assert load_config_from_file(str(asset(f"accelerate_{name}.yaml"))).num_processes == (4 if name == "fsdp" else 1)

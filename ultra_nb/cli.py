@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'SEVERAL', 'DATASETS', 'explain_command', 'segment_command', 'evaluate_command', 'perturb_command',
-           'itiou_command', 'data_command', 'fit_w_command', 'summarize_command', 'bench_command', 'parser', 'main']
+           'itiou_command', 'data_command', 'fit_w_command', 'summarize_command', 'train_command', 'bench_command',
+           'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #ae4645ba
 import argparse, os, sys
@@ -244,6 +245,23 @@ def summarize_command(args) -> None:
     for word in sorted(word_scores(found), key=lambda w: -w.score)[:10]: print(f"{word.score:9.3g}  {word.text}")
     print(write_bytes(args.html, text_page({args.model: found}).encode()))
 
+def train_command(args) -> None:
+    "Fine-tunes or aligns a language model as a settings file says"
+    import json
+    from ultra_nb.data import asset
+    from ultra_nb.records import write_json
+    path = Path(args.settings) if Path(args.settings).exists() else asset(f"{args.settings}.json")
+    try: settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError: raise ValueError(f"{path} is not a JSON file of settings: start from data/dpo_llama2_7b.json") from None
+    settings |= {key: value for key in ("model", "data") if (value := getattr(args, key))}
+    kept = Path(args.out) / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings: raise ValueError(f"{args.out} holds a training with other settings; name another folder")
+    if not kept.exists() and Path(args.out).exists() and any(Path(args.out).iterdir()): raise ValueError(f"{args.out} holds other files; name a new folder")
+    from ultra_nb.summarization import train
+    write_json(kept, settings)
+    train(settings, args.out)
+    print(args.out)
+
 # %% ../nbs/13_cli.ipynb #910abf05
 def bench_command(args) -> None:
     "Measures what maps cost: the paper's procedure, exact and diagonal"
@@ -381,7 +399,7 @@ def parser() -> argparse.ArgumentParser:
     summarize = commands.add_parser("summarize", help="colour a text by what its summary was made from", description="Scores every word of a text by what it contributes to a summary (eq. 15), the one given or the model's own, and writes a page with coloured words.")
     summarize.add_argument("file", metavar="FILE", help="text to read, or - for standard input")
     summarize.add_argument("--summary", metavar="TEXT", help="summary to explain (default: the model's own)")
-    summarize.add_argument("--model", default="tldr_llama", metavar="NAME", help="tldr_llama (comes with the package), llama2_7b, or a folder with a causal language model of transformers (default: %(default)s)")
+    summarize.add_argument("--model", required=True, metavar="NAME", help="a folder with a causal language model of transformers, or llama2_7b")
     summarize.add_argument("--weights", metavar="FILE", help="local weights of a model known by name")
     summarize.add_argument("--layer", type=int, metavar="L", help="layer of the summary's tokens, 2 to number of blocks + 1 (default: after the last block)")
     summarize.add_argument("--scalar", choices=("sum", "energy", "normalized"), default="sum", help="number to explain (default: %(default)s)")
@@ -391,6 +409,12 @@ def parser() -> argparse.ArgumentParser:
     summarize.add_argument("--html", default="summary.html", metavar="OUT.html", help="page to write (default: %(default)s)")
     summarize.add_argument("--force", action="store_true", help="replace a page that exists")
     summarize.set_defaults(run=summarize_command)
+    train = commands.add_parser("train", help="fine-tune (SFT) or align (DPO) a language model", description="Trains with trl as a settings file says: stage, model, data, trl's arguments, LoRA. Killed and started again it goes on from its last checkpoint.", epilog="On several GPUs: accelerate launch --config_file data/accelerate_fsdp.yaml -m ultra_nb.cli train SETTINGS --out DIR")
+    train.add_argument("settings", metavar="SETTINGS", help="a JSON file, or one that comes with the package: sft_llama2_7b, dpo_llama2_7b")
+    train.add_argument("--model", metavar="DIR", help="folder or repository to start from, instead of the settings'")
+    train.add_argument("--data", metavar="FILE", help="JSON lines with prompt, chosen, rejected, or a data set of the hub, instead of the settings'")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints and the result")
+    train.set_defaults(run=train_command)
     bench = commands.add_parser("bench", help="measure speed and memory", description="Measures speed and memory.")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser("maps", help="explanation maps: the paper's procedure, exact and diagonal", description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: seconds per image, ratios, peak memory, share of the machine's matrix-product rate.")
     _common(what, mode=None)
