@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'perturb', 'unit', 'loss', 'classes_of', 'differences', 'Pro
            'fit_projection', 'closed_form', 'between']
 
 # %% ../nbs/07_self_consistency.ipynb #86bf0dcc
-import hashlib, json, math
+import hashlib, json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
