@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPLAINERS', 'IGNORE', 'SIGNS', 'KINDS', 'image_seed', 'random_rows', 'attention_rows', 'rollout_rows',
-           'gradient_attention_rows', 'legrad_rows', 'ultra_rows', 'patch_maps', 'object_masks', 'patch_classes', 'iou',
-           'itiou', 'pointing', 'ranked', 'chosen_patches', 'perturb', 'perturbation_distance', 'area', 'tied',
-           'perturbation_row', 'perturbation_test', 'itiou_row', 'class_mean', 'itiou_test', 'randomised',
-           'rank_correlation']
+           'gradient_attention_rows', 'legrad_rows', 'ultra_rows', 'patch_maps', 'object_masks', 'patch_classes',
+           'ious', 'itious', 'itiou', 'pointing', 'ranked', 'chosen_patches', 'perturb', 'perturbation_distance',
+           'area', 'tied', 'perturbation_row', 'perturbation_test', 'itiou_row', 'class_mean', 'itiou_test',
+           'randomised', 'rank_correlation']
 
 # %% ../nbs/08_interpretability_metrics.ipynb #e20fb8d3
 import copy, zlib
@@ -89,25 +89,40 @@ def patch_classes(mask:np.ndarray, # class of each pixel, 255 = ignore [H, W]
     np.add.at(counts, (patch_of(mask.shape, grid), mask), 1)
     return counts.argmax(1)
 
-def iou(masks:Tensor, # bool [T, H, W]
-        region:Tensor, # bool [H, W]
-        counted:Tensor # pixels that count, bool [H, W]
-       ) -> Tensor: # in 0..1 [T]; 0 where both are empty
-    "Intersection over union of masks with a region"
-    masks, region = masks & counted, region & counted
-    return (masks & region).sum((1, 2)) / (masks | region).sum((1, 2)).clamp_min(1)
+def ious(maps:Tensor, # [T, H, W]
+         region:Tensor, # bool [H, W]
+         counted:Tensor, # pixels that count, bool [H, W]
+         taus:Sequence[float] # thresholds
+        ) -> Tensor: # in 0..1 [T, m]; 0 where both are empty
+    "Intersection over union of each map's mask with a region, at every threshold in one pass: pixels are counted by how many thresholds they reach"
+    levels, back = torch.as_tensor(taus, dtype=maps.dtype, device=maps.device).sort()
+    T, m, inside = len(maps), len(levels), region[counted]
+    reached = torch.bucketize(maps[:, counted], levels, right=True)
+    place = reached + (m + 1) * inside + 2 * (m + 1) * torch.arange(T, device=maps.device)[:, None]
+    counts = place.flatten().bincount(minlength=2 * T * (m + 1)).view(T, 2, m + 1)
+    outside, shared = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].unbind(1)
+    found = shared / (outside + inside.sum()).clamp_min(1)
+    return found[:, back.argsort()]
 
-def itiou(maps:Tensor, # one per patch token, scaled to 0..1 and upsampled [h*w, H, W]
-          mask:np.ndarray, # true class of each pixel, 255 = ignore [H, W]
-          grid:tuple[int, int], # (h, w)
-          tau:float=.2
-         ) -> dict: # ITIoU in percent, per class, and what could not be counted
-    "ITIoU of an image (eq. 17). NaN where no class owns a patch. Raises ValueError for a threshold outside 0..1"
-    if not 0 <= tau <= 1: raise ValueError(f"tau={tau}: it must be in 0..1")
+def itious(maps:Tensor, # one per patch token, scaled to 0..1 and upsampled [h*w, H, W]
+           mask:np.ndarray, # true class of each pixel, 255 = ignore [H, W]
+           grid:tuple[int, int], # (h, w)
+           taus:Sequence[float]
+          ) -> dict: # classes: class to percent at each threshold; and what could not be counted
+    "The inner mean of eq. 17 for each class that owns a patch. Raises ValueError for a threshold outside 0..1"
+    for tau in taus:
+        if not 0 <= tau <= 1: raise ValueError(f"tau={tau}: it must be in 0..1")
     owner, truth = patch_classes(mask, grid), torch.as_tensor(mask).to(maps.device)
     present = np.setdiff1d(mask, [IGNORE])
-    found = {int(c): 100 * iou(object_masks(maps[owner == c], tau), truth == int(c), truth != IGNORE).mean().item() for c in present if (owner == c).any()}
-    return dict(ITIoU=float(np.mean(list(found.values()))) if found else float("nan"), classes=found, void_tokens=int((owner == IGNORE).sum()), classes_without_token=[int(c) for c in present if c not in found])
+    found = {int(c): (100 * ious(maps[owner == c], truth == int(c), truth != IGNORE, taus).mean(0)).tolist() for c in present if (owner == c).any()}
+    return dict(classes=found, void_tokens=int((owner == IGNORE).sum()), classes_without_token=[int(c) for c in present if c not in found])
+
+def itiou(maps:Tensor, mask:np.ndarray, grid:tuple[int, int], # as in `itious`
+          tau:float=.2 # the paper's
+         ) -> float: # percent; NaN where no class owns a patch
+    "ITIoU of an image (eq. 17)"
+    found = itious(maps, mask, grid, [tau])["classes"]
+    return float(np.mean([v for v, in found.values()])) if found else float("nan")
 
 def pointing(maps:Tensor, # one per patch token [h*w, h*w], self entry replaced as in eq. 6
              owner:np.ndarray # of `patch_classes` [h*w]
@@ -251,11 +266,11 @@ def itiou_row(backbone:Backbone, sample, # with image and mask
     for name, explainer in methods.items():
         maps = patch_maps(explainer, backbone, x, layer, backbone.patches)
         scaled = minmax(maps)
-        found = [itiou(upsample(scaled, backbone.grid, sample.mask.shape), sample.mask, backbone.grid, tau) for tau in taus]
-        row["ITIoU"][name] = {str(c): [f["classes"][c] for f in found] for c in found[0]["classes"]}
+        found = itious(upsample(scaled, backbone.grid, sample.mask.shape), sample.mask, backbone.grid, taus)
+        row["ITIoU"][name] = {str(c): values for c, values in found["classes"].items()}
         row["pointing"][name] = {str(c): pair for c, pair in pointing(maps, owner).items()}
         row["constant"][name] = int((scaled.amax(1) == 0).sum())
-    return row | {key: found[0][key] for key in ("void_tokens", "classes_without_token")}
+    return row | {key: found[key] for key in ("void_tokens", "classes_without_token")}
 
 def class_mean(by_class:dict, # class to numbers
                classes:Sequence[int]|None=None # only these; None = all
