@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'SEVERAL', 'DATASETS', 'explain_command', 'segment_command', 'evaluate_command', 'perturb_command',
-           'itiou_command', 'data_command', 'fit_w_command', 'summarize_command', 'train_command', 'bench_command',
-           'parser', 'main']
+           'itiou_command', 'data_command', 'fit_w_command', 'summarize_command', 'train_command', 'doctor_command',
+           'bench_command', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #ae4645ba
 import argparse, os, sys
@@ -262,6 +262,28 @@ def train_command(args) -> None:
     train(settings, args.out)
     print(args.out)
 
+# %% ../nbs/13_cli.ipynb #a824ab55
+def doctor_command(args) -> None:
+    "Says what is here, and what to do about the rest"
+    import platform
+    import torch
+    from ultra_nb.data import DATA, asset_dir, check_assets
+    from ultra_nb.models import names, where
+    from ultra_nb.records import PACKAGES, device_name, package_version
+    def line(good, name, what): print(f"{'ok' if good else '--':3} {name:17} {what}")
+    line(True, "python", platform.python_version())
+    for extra, packages in dict(core=PACKAGES, llm=["trl", "peft", "accelerate", "datasets", "rouge-score"], notebook=["jupyterlab", "ipywidgets"], dev=["nbdev", "pytest"]).items():
+        for package in packages: line(version := package_version(package), package, version or f"missing: pip install 'ultra_nb[{extra}]'")
+    line(True, "cpu", device_name())
+    line(torch.cuda.is_available(), "gpu", device_name("cuda") if torch.cuda.is_available() else "none: everything runs on the CPU, evaluations of the paper's models slowly")
+    wrong = check_assets()
+    line(not wrong, "shipped files", f"{asset_dir().name}, all as SHA256SUMS says" if not wrong else f"missing or changed: {', '.join(wrong)}; install the package again")
+    for name in names():
+        repo, cached = where(name)
+        line(cached, name, "comes with the package" if repo is None else f"{repo}, cached" if cached else f"not here: fetched from the hub ({repo}) when first used, or pass --weights")
+    for name, source in DATA.items():
+        if source.home: line(False, name, f"not looked for: ultra-nb data {name} --root DIR checks it")
+
 # %% ../nbs/13_cli.ipynb #910abf05
 def bench_command(args) -> None:
     "Measures what maps cost: the paper's procedure, exact and diagonal"
@@ -415,6 +437,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--data", metavar="FILE", help="JSON lines with prompt, chosen, rejected, or a data set of the hub, instead of the settings'")
     train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints and the result")
     train.set_defaults(run=train_command)
+    doctor = commands.add_parser("doctor", help="what is installed and found here", description="Prints versions, devices, weights and data sets, and what to do about what is missing.")
+    doctor.set_defaults(run=doctor_command)
     bench = commands.add_parser("bench", help="measure speed and memory", description="Measures speed and memory.")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser("maps", help="explanation maps: the paper's procedure, exact and diagonal", description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: seconds per image, ratios, peak memory, share of the machine's matrix-product rate.")
     _common(what, mode=None)

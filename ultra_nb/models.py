@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_blocks', 'preprocess', 'Backbone', 'entering', 'wrap', 'WeightsError', 'unwrap', 'read_weights', 'checksum',
-           'describe', 'misfit', 'compare', 'fetch', 'shards', 'fetch_folder', 'embedded', 'names', 'load']
+           'describe', 'misfit', 'compare', 'fetch', 'shards', 'fetch_folder', 'embedded', 'names', 'where', 'load']
 
 # %% ../nbs/01_models.ipynb #1297bc57
 import argparse, difflib, hashlib, inspect, json, pickle, re, ssl, zipfile
@@ -746,6 +746,18 @@ _KNOWN = dict( # name -> library, its name there, L, D
 def names() -> list: # of str
     "The short names that `load` knows: the shipped models, then the paper's"
     return list(_KNOWN)
+
+def where(
+    name:str, # one of `names()`
+) -> tuple: # its hub repository, None for a model that ships; whether the local cache has that
+    "Where the weights of a model known by name come from"
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+    library, spec, *_ = _KNOWN[name]
+    if library == "scenes": return None, True
+    repo = dict(timm=f"timm/{spec}", transformers=spec).get(library) or _clip_tag(*spec.split("/"), None)[1]["hf_hub"].rstrip("/")
+    try: return repo, repo in {found.repo_id for found in scan_cache_dir().repos}
+    except CacheNotFound: return repo, False
 
 # %% ../nbs/01_models.ipynb #28c59409
 def _find(
