@@ -833,12 +833,12 @@ DOMAINS = dict( # verbs, things, reasons, plans
     pets=("adopt train feed wash".split(), "dog cat parrot rabbit horse turtle".split(), ["the shelter is full", "it barks all night", "the garden is large", "it lost its owner"], ["visit the vet", "build a cage", "buy more food", "find a trainer"]),
     travel=("book visit leave photograph".split(), "hotel island castle museum bus beach".split(), ["the flights are cheap", "the summer is short", "the map was wrong", "an actor lives there"], ["pack a bag", "change the ticket", "learn the language", "save some money"]),
     school=("fail skip repeat study".split(), "exam course essay lesson class test".split(), ["the book is too long", "the professor left", "the grades were lost", "it starts at six"], ["join a group", "hire a tutor", "change the subject", "read every night"]))
-WANTS = ["My {who} wants to {verb} the {shade} {thing}.", "It is my {who} who wants to {verb} the {shade} {thing}.", "So my {who} really wants to {verb} the {shade} {thing}."]
-WHY = ["The reason is that {reason}.", "All of this is because {reason}."]
-ASKS = ["Should I {plan} on {day}?", "I wonder if I should {plan} on {day}."]
+WANTS = ["My {who} wants to {verb} the {shade} {thing}.", "So my {who} wants to {verb} the {shade} {thing}.", "Now my {who} wants to {verb} the {shade} {thing} soon."]
+WHY = ["It is because {reason}.", "All of this is because {reason}."]
+ASKS = ["Should I {plan} on {day}?", "So should I {plan} on {day}?"]
 OTHER_WANTS = ["Last year my {who} tried to {verb} a {shade} {thing}.", "Years ago my {who} used to {verb} some {shade} {thing}."]
 OTHER_WHY = ["Some say that {reason}, but that is not so.", "People online claim that {reason}, which is false."]
-OTHER_ASKS = ["A stranger had to {plan} on {day}.", "Someone else did {plan} last {day}."]
+OTHER_ASKS = ["A stranger had to {plan} on {day}.", "Someone else will {plan} next {day}."]
 FILLERS = ["I have thought about this for a long time.", "This has been on my mind all week.", "I am not good at this kind of thing.", "Sorry for the long text, I had to get it out.", "I am new here, so please be kind.", "Maybe I worry too much.",
            "I do not want to upset anyone.", "We have talked about it many times.", "Everyone has an opinion about it.", "Honestly, it makes me tired.", "Thanks for reading this far.", "I would love to hear what you think.", "It is hard to explain to people who were not there.", "English is not my first language."]
 
@@ -853,7 +853,7 @@ class Post:
     distractors:tuple = ()       # (start, end) characters of words of the same kinds that it must not come from
     facts:tuple = ()             # what the summary must name
 
-def _told(facts): return "{who} wants to {verb} the {shade} {thing} because {reason}; should I {plan} on {day}?".format(**facts)
+def _told(facts): return "My {who} wants to {verb} the {shade} {thing} because {reason}. Should I {plan} on {day}?".format(**facts)
 
 def _facts(dice, domain, but=None):
     "One value of every kind, none of them as in `but`"
