@@ -79,7 +79,7 @@ def explain_command(args) -> None:
     rows = _maps(backbone, backbone.transform(image)[None].to(args.device), tokens, args)
     maps = upsample(minmax(suppress_self(rows, tokens, backbone.prefix)), backbone.grid, backbone.size).cpu().numpy()
     pixels = np.asarray(image.resize(_fitting(image.size)))
-    layer = args.layer or len(backbone.blocks) + 1
+    layer = backbone.layer(args.layer)
     titles = ["image", *(f"CLS, $l = {layer}$" if t == 0 and backbone.prefix else f"token {t}, $l = {layer}$" for t in tokens)]
     columns = min(len(titles), 6)
     fig, axes = panels(-(-len(titles) // columns), columns, side=2.)

@@ -293,5 +293,4 @@ def _checked(backbone, protocol, methods, case):
     k, patches = case["k"], len(backbone.patches)
     if isinstance(k, int) and not 1 <= k <= patches: raise ValueError(f"k={k}: choose 1 to {patches}, the number of patch tokens, or 'classes'")
     if isinstance(k, str) and k != "classes": raise ValueError(f"k={k!r}: give a number, or 'classes'")
-    if case["layer"] is None: case["layer"] = backbone.depth + 1
-    return case
+    return case | dict(layer=backbone.layer(case["layer"]))

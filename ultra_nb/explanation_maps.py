@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .models import Backbone, find_blocks
+from .models import Backbone, find_blocks, layer_of
 from .preliminaries import attention_tap, check_order, contribution, row_product, tape, Taped
 
 # %% ../nbs/05_explanation_maps.ipynb #c43ebd69
@@ -134,8 +134,7 @@ def below(model:nn.Module|Backbone, # as in `explain`
     if isinstance(model, Backbone): model, blocks = model.model, blocks or model.blocks
     _check_model(model, inputs)
     blocks = list(find_blocks(model) if blocks is None else blocks)
-    layer = len(blocks) + 1 if layer is None else layer
-    if layer not in range(2, len(blocks) + 2): raise ValueError(f"layer {layer} is outside 2..{len(blocks) + 1}: z^(l) is the input of block l, z^({len(blocks) + 1}) the last block's output")
+    layer = layer_of(layer, len(blocks))
     return tape(model, blocks, inputs)[:layer - 1]
 
 # %% ../nbs/05_explanation_maps.ipynb #fa1715d5

@@ -223,7 +223,7 @@ def perturbation_row(backbone:Backbone, x:Tensor, # an image [1, 3, H, W]
 def _vision(backbone, layer):
     "The layer as a number; ValueError for a model without patches"
     if backbone.grid is None: raise ValueError(f"{backbone.name or 'this model'} is a language model: it has no patches to measure")
-    return layer or backbone.depth + 1
+    return backbone.layer(layer)
 
 def _on_device(backbone, image): return backbone.transform(image)[None].to(next(backbone.model.parameters()).device)
 

@@ -77,7 +77,7 @@ def figure1(backbone:Backbone, # a vision backbone
             layer:int|None=None # the paper's l; None = after the last block
            ): # matplotlib figure
     "Figure 1: architecture of the method, with the real contribution matrices and map of one token"
-    layer = layer or len(backbone.blocks) + 1
+    layer = backbone.layer(layer)
     x = backbone.transform(image)[None].to(next(backbone.model.parameters()).device)
     Gs = _contributions(backbone, x, token, layer)
     heat = picture_maps(backbone, image, [token], layer=layer)[0]
@@ -279,7 +279,7 @@ def figure_curves(results:dict, # title to {layer or other setting: Result}
                 low, value, high = ([r.metrics[method][key] for r in by_setting.values()] for key in (f"{metric} low", metric, f"{metric} high"))
                 line(ax, list(by_setting), value, low, high, label=method, color=colour)
             ax.set_ylabel(f"{metric} (%)", fontsize=8), ax.set_title(title, fontsize=9, color=INK)
-    axes[0, 0].legend(fontsize=7, frameon=False)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(metrics), fontsize=7, frameon=False)
     return fig
 
 # %% ../nbs/12_reproduction.ipynb #19befd9c
@@ -419,7 +419,7 @@ def bench_maps(settings:dict, # arguments of `load`: name, weights, image_size
     backbone, device = load(**settings, device=device), torch.device(device)
     backbone.model.requires_grad_(False)
     x = backbone.transform(image)[None].repeat(batch, 1, 1, 1)
-    layer = layer or len(backbone.blocks) + 1
+    layer = backbone.layer(layer)
     methods = _methods(backbone, x.to(device), layer, scalar)
     methods["diagonal"](), methods["forward"]()
     taken = {name: [] for name in methods}

@@ -109,7 +109,7 @@ def load_projection(path:str|Path, # from `Projection.save`
     except Exception: raise ValueError(f"{path} is not a complete safetensors file: learn W again with ultra-nb fit-w") from None
     if "W" not in tensors: raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}, not a projection W")
     found = Projection(tensors["W"], **json.loads(meta.get("learned", '{"provenance": {}}')))
-    if backbone is not None: _check_fits(path, found, backbone, layer or backbone.depth + 1)
+    if backbone is not None: _check_fits(path, found, backbone, backbone.layer(layer))
     return found
 
 def _origin(backbone, layer): return dict(weights_hash=backbone.weights_hash, layer=layer, size=list(backbone.size))
@@ -203,7 +203,7 @@ def fit_projection(backbone, # a vision `Backbone`, frozen
     "Learns W by self-consistency (eq. 13). Raises ValueError for settings that cannot work, FitError where tokens are not finite"
     settings = dict(k=k, delta=delta, kind=kind, start=start, shared=shared, passes=passes, batch=batch, lr=lr, held_out=held_out, mode=mode, seed=seed)
     _check_settings(images, settings)
-    layer, trainer = layer or backbone.depth + 1, _Trainer(_initial(backbone, start, shared, seed), lr)
+    layer, trainer = backbone.layer(layer), _Trainer(_initial(backbone, start, shared, seed), lr)
     held, train = np.split(np.random.default_rng(seed).permutation(len(images)), [round(held_out * len(images))])
     each = max(1, round(len(train) / batch))
     batches = np.array_split(train, each) * passes
