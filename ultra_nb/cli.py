@@ -76,7 +76,7 @@ def explain_command(args) -> None:
     _writable(args.out, ".png", ".pdf", ".svg", force=args.force)
     image, backbone = _picture(args.image), _backbone(args)
     tokens = _tokens(args, backbone, _full(image)[::-1])
-    rows = _maps(backbone, backbone.transform(image)[None].to(args.device), tokens, args)
+    rows = _maps(backbone, backbone.inputs(image), tokens, args)
     maps = upsample(minmax(suppress_self(rows, tokens, backbone.prefix)), backbone.grid, backbone.size).cpu().numpy()
     pixels = np.asarray(image.resize(_fitting(image.size)))
     layer = backbone.layer(args.layer)
@@ -107,7 +107,7 @@ def segment_command(args) -> None:
     image, backbone = _picture(args.image), _backbone(args)
     h, w = backbone.grid
     if not 1 <= args.clusters <= min(h * w, 255): raise ValueError(f"--clusters {args.clusters}: choose 1 to {min(h * w, 255)}")
-    rows = _maps(backbone, backbone.transform(image)[None].to(args.device), backbone.patches, args)
+    rows = _maps(backbone, backbone.inputs(image), backbone.patches, args)
     found = segment(suppress_self(rows, backbone.patches, backbone.prefix), backbone.grid, _fitting(image.size, 1024)[::-1], k=args.clusters)
     mask = Image.fromarray(found.labels.astype(np.uint8), mode="P")
     mask.putpalette(palette(found.k).tobytes())

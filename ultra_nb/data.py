@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LARGE', 'MAX_PIXELS', 'ORIENTATION', 'BACKGROUNDS', 'OBJECTS', 'CLASSES', 'COLOURS', 'IGNORE', 'VOC', 'COARSE',
            'POTSDAM', 'MERGED', 'CORNERS', 'DATA', 'PEOPLE', 'SHADES', 'DAYS', 'DOMAINS', 'WANTS', 'WHY', 'ASKS',
-           'OTHER_WANTS', 'OTHER_WHY', 'OTHER_ASKS', 'FILLERS', 'POST_COLUMNS', 'asset_dir', 'asset', 'sha256',
-           'listed_sums', 'check_assets', 'to_8bit', 'to_rgb', 'read_image', 'Dice', 'Thing', 'Scene', 'scene',
-           'Scenes', 'Sample', 'read_labels', 'label_table', 'to_classes', 'read_pair', 'centre_square', 'Pictures',
-           'scenes', 'voc', 'mostly_stuff', 'coco_stuff', 'cityscapes', 'read_mat', 'tile_labels', 'read_tile',
-           'potsdam', 'folder', 'Source', 'open_data', 'Report', 'check_data', 'Post', 'post', 'Posts', 'read_posts',
-           'read_pairs']
+           'OTHER_WANTS', 'OTHER_WHY', 'OTHER_ASKS', 'FILLERS', 'SEPARATOR', 'POST_COLUMNS', 'asset_dir', 'asset',
+           'sha256', 'listed_sums', 'check_assets', 'to_8bit', 'to_rgb', 'read_image', 'Dice', 'Thing', 'Scene',
+           'scene', 'Drawn', 'Scenes', 'Sample', 'read_labels', 'label_table', 'to_classes', 'read_pair',
+           'centre_square', 'Pictures', 'scenes', 'voc', 'mostly_stuff', 'coco_stuff', 'cityscapes', 'read_mat',
+           'tile_labels', 'read_tile', 'potsdam', 'folder', 'Source', 'open_data', 'Report', 'check_data', 'Post',
+           'post', 'Posts', 'read_posts', 'read_pairs']
 
 # %% ../nbs/02_data.ipynb #75b7e77c
 import csv
@@ -21,7 +21,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -407,18 +407,28 @@ def scene(
     return Scene(_light(dice, image), mask, text, things, grounds)
 
 # %% ../nbs/02_data.ipynb #388fd1ae
-class Scenes:
-    "A data set in the way of PyTorch: `len(scenes)`, `scenes[i]` -> `Scene`, drawn on demand"
+class Drawn:
+    "A data set in the way of PyTorch, `len(drawn)` and `drawn[i]`, whose items are made on demand from a seed: even ones for training, odd ones for validation"
+    what = "item" # in errors
+    def __init__(self,
+        make:Callable, # seed -> item
+        split:str,     # "train" or "val", disjoint
+        n:int):        # number of items
+        if split not in ("train", "val"): raise ValueError(f"split is 'train' or 'val', not {split!r}")
+        self.make, self.split, self.n = make, split, n
+    def __len__(self): return self.n
+    def __getitem__(self, i:int):
+        if not 0 <= i < self.n: raise IndexError(f"{self.what} {i} of {self.n}")
+        return self.make(2*i + (self.split == "val"))
+
+class Scenes(Drawn):
+    "Scenes, drawn on demand"
+    what = "scene"
     def __init__(self,
         split:str, # "train" or "val", disjoint
         n:int,     # number of scenes
         size:int=112): # height and width in pixels
-        if split not in ("train", "val"): raise ValueError(f"split is 'train' or 'val', not {split!r}")
-        self.split, self.n, self.size = split, n, size
-    def __len__(self): return self.n
-    def __getitem__(self, i:int)->Scene:
-        if not 0 <= i < self.n: raise IndexError(f"scene {i} of {self.n}")
-        return scene(2*i + (self.split == "val"), self.size)
+        super().__init__(partial(scene, size=size), split, n)
 
 # %% ../nbs/02_data.ipynb #a8e19b4a
 class Sample(NamedTuple):
@@ -889,19 +899,16 @@ def post(seed:int)->Post: # 60 to 200 words
     wrong = _told(true | {kind: other[kind] for kind in kinds})
     return Post(f"{domain} {seed}", text.rstrip(), _told(true), wrong, tuple(spans[True]), tuple(spans[False]), tuple(true.values()))
 
-class Posts:
-    "A data set in the way of PyTorch: `len(posts)`, `posts[i]` -> `Post`, written on demand"
+class Posts(Drawn):
+    "Posts, written on demand"
+    what = "post"
     def __init__(self,
         split:str, # "train" or "val", disjoint
         n:int):    # number of posts
-        if split not in ("train", "val"): raise ValueError(f"split is 'train' or 'val', not {split!r}")
-        self.split, self.n = split, n
-    def __len__(self): return self.n
-    def __getitem__(self, i:int)->Post:
-        if not 0 <= i < self.n: raise IndexError(f"post {i} of {self.n}")
-        return post(2*i + (self.split == "val"))
+        super().__init__(post, split, n)
 
 # %% ../nbs/02_data.ipynb #c894ec57
+SEPARATOR = "\n\nTL;DR:" # between a post and its summary
 POST_COLUMNS = dict(context=("context", "post", "prompt", "document"), summary=("summary", "ref_text", "chosen", "completion", "highlights"))
 
 def _table(path):
@@ -917,7 +924,7 @@ def _table(path):
 
 def read_posts(
     path:str|Path,     # .csv, or JSON lines
-    separator="TL;DR:", # taken off the end of contexts that have it
+    separator=SEPARATOR.strip(), # taken off the end of contexts that have it
 )->list: # of `Post`
     "Posts and summaries from a file"
     rows = _table(path)
@@ -944,7 +951,7 @@ def _pair(row):
     if "summaries" in row: # OpenAI's comparisons
         post, texts, choice = row.get("info", {}).get("post"), [s.get("text", "") for s in row["summaries"]], row.get("choice")
         if choice not in (0, 1) or len(texts) != 2: return post or "", "", ""
-        return f"{post or ''}\n\nTL;DR:", texts[choice], texts[1-choice]
+        return f"{post or ''}{SEPARATOR}", texts[choice], texts[1-choice]
     prompt = row.get("prompt", "")
     if isinstance(row.get("chosen"), list): prompt = f"{_said(prompt) if isinstance(prompt, list) else prompt}\n\n"
     return prompt, _said(row.get("chosen")), _said(row.get("rejected"))

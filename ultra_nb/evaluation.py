@@ -124,7 +124,7 @@ class Case:
 
     @cached_property
     def inputs(self) -> Tensor: # [1, 3, h, w] on the model's device
-        return self.backbone.transform(self.sample.image)[None].to(next(self.backbone.model.parameters()).device)
+        return self.backbone.inputs(self.sample.image)
 
     @cached_property
     def segments(self) -> int: # k as a number

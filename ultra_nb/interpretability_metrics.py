@@ -21,7 +21,7 @@ from torch import Tensor
 from .explanation_maps import below, explain, latents, minmax, own_attention, patch_of, suppress_self, upsample
 from .models import Backbone
 from .preliminaries import attention_rollout, attention_tap
-from .records import Result, measure, with_interval
+from .records import Result, measure, with_intervals
 
 # %% ../nbs/08_interpretability_metrics.ipynb #bc45940e
 def _own_rows(taped):
@@ -225,8 +225,6 @@ def _vision(backbone, layer):
     if backbone.grid is None: raise ValueError(f"{backbone.name or 'this model'} is a language model: it has no patches to measure")
     return backbone.layer(layer)
 
-def _on_device(backbone, image): return backbone.transform(image)[None].to(next(backbone.model.parameters()).device)
-
 def perturbation_test(backbone:Backbone, # a vision backbone
                       dataset, # from `open_data`; its masks are not looked at
                       methods:dict|None=None, # name to explainer; None = ULTra_S in diagonal mode
@@ -250,10 +248,10 @@ def perturbation_test(backbone:Backbone, # a vision backbone
             curve = {key: np.array([r["distances"][name][key] for r in rows]) for key in rows[0]["distances"][name]}
             areas = {key: area(heights, shares) for key, heights in curve.items()}
             for kind in KINDS: areas[f"{kind} difference"] = areas[f"{kind}-positive"] - areas[f"{kind}-negative"]
-            found[name] = {k: v for key, values in areas.items() for k, v in with_interval(key, values, seed).items()}
+            found[name] = with_intervals(areas, seed)
             curves[name] = {key: heights.mean(0).tolist() for key, heights in curve.items()}
         return found, dict(curves=curves, tokens=k * len(rows)) | {count: {name: sum(r[count][name] for r in rows) for name in methods} for count in ("constant", "tied")}
-    work = lambda sample: perturbation_row(backbone, _on_device(backbone, sample.image), methods, layer, shares, k, seed)
+    work = lambda sample: perturbation_row(backbone, backbone.inputs(sample.image), methods, layer, shares, k, seed)
     return measure(backbone, dataset, work, metrics, dict(test="perturbation", methods=list(methods), shares=shares, layer=layer, k=k, seed=seed), out, resume, limit)
 
 # %% ../nbs/08_interpretability_metrics.ipynb #5f232ab7
@@ -261,7 +259,7 @@ def itiou_row(backbone:Backbone, sample, # with image and mask
               methods:dict, # name to explainer
               layer:int, taus:Sequence[float]) -> dict: # as JSON can hold it
     "ITIoU at each threshold and pointing, by method and class"
-    x, owner = _on_device(backbone, sample.image), patch_classes(sample.mask, backbone.grid)
+    x, owner = backbone.inputs(sample.image), patch_classes(sample.mask, backbone.grid)
     row = dict(ITIoU={}, pointing={}, constant={})
     for name, explainer in methods.items():
         maps = patch_maps(explainer, backbone, x, layer, backbone.patches)
@@ -299,7 +297,7 @@ def itiou_test(backbone:Backbone, # a vision backbone
         found = {}
         for method in methods:
             values = np.array([[*class_mean(r["ITIoU"][method], classes), *class_mean(r["pointing"][method], classes)] for r in counted])
-            found[method] = {k: v for name, column in zip([*names, "pointing", "chance"], values.T) for k, v in with_interval(name, column, seed).items()}
+            found[method] = with_intervals(dict(zip([*names, "pointing", "chance"], values.T)), seed)
         return found, dict(counted=len(counted), void_tokens=sum(r["void_tokens"] for r in rows), classes_without_token=sum(len(r["classes_without_token"]) for r in rows), constant={m: sum(r["constant"][m] for r in rows) for m in methods})
     work = lambda sample: itiou_row(backbone, sample, methods, layer, taus)
     return measure(backbone, dataset, work, metrics, dict(test="itiou", methods=list(methods), taus=taus, layer=layer, classes=classes, seed=seed), out, resume, limit)

@@ -131,6 +131,12 @@ class Backbone:
         "Number of tokens, prefix included"
         return self.grid and self.prefix + self.grid[0] * self.grid[1]
 
+    def inputs(self,
+        image, # PIL image
+    ) -> torch.Tensor: # [1, 3, H, W]
+        "One picture as the model takes it, on its device and in its type"
+        return self.transform(image)[None].to(next(self.model.parameters()))
+
     def layer(self,
         layer:int|None=None # the paper's l; None = after the last block
     ) -> int: # 2..L+1

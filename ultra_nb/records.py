@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'package_version', 'commit', 'device_name', 'write_bytes', 'write_json', 'write_record', 'Run',
-           'one_thread_each', 'interval', 'with_interval', 'Result', 'measure']
+           'one_thread_each', 'interval', 'with_intervals', 'told', 'Result', 'measure']
 
 # %% ../nbs/03_records.ipynb #0791685a
 import hashlib, json, os, platform, subprocess, sys, time
@@ -167,10 +167,15 @@ def interval(values:np.ndarray, # one per image [n]; NaN = none
     means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
     return (float(values.mean()), *(float(q) for q in np.quantile(means, (.025, .975))))
 
-def with_interval(name:str, values:np.ndarray, # one per image [n]
-                  seed:int=0) -> dict: # name, "name low", "name high"
-    "`interval` under a metric's name"
-    return dict(zip((name, f"{name} low", f"{name} high"), interval(values, seed=seed)))
+def with_intervals(values:dict, # metric to its values, one per image [n]
+                   seed:int=0) -> dict: # each metric, "metric low", "metric high"
+    "`interval` of every metric, under its name"
+    return {key: v for name, column in values.items() for key, v in zip((name, f"{name} low", f"{name} high"), interval(column, seed=seed))}
+
+def told(found:dict, # of `with_intervals`
+         name:str) -> str:
+    "A metric as text, its interval in brackets"
+    return f"{found[name]:.1f} ({found[f'{name} low']:.1f} to {found[f'{name} high']:.1f})"
 
 # %% ../nbs/03_records.ipynb #12b621f4
 @dataclass
@@ -187,7 +192,7 @@ class Result:
 
     def __str__(self):
         names = [k for k in next(iter(self.metrics.values())) if not k.endswith((" low", " high"))]
-        said = {method: [f"{m[k]:.1f} ({m[f'{k} low']:.1f} to {m[f'{k} high']:.1f})" for k in names] for method, m in self.metrics.items()}
+        said = {method: [told(m, k) for k in names] for method, m in self.metrics.items()}
         width, *widths = (max(map(len, column)) for column in zip(["", *names], *([method, *values] for method, values in said.items())))
         lines = ["  ".join([f"{method:{width}}", *(f"{v:>{w}}" for v, w in zip(values, widths))]) for method, values in {"": names, **said}.items()]
         protocol = f", protocol {p}" if (p := self.settings.get("protocol")) else ""

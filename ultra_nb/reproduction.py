@@ -44,7 +44,7 @@ def picture_maps(backbone:Backbone, # a vision backbone
                  **options # layer, scalar, mode, order, chunk of `explain`
                 ) -> np.ndarray: # maps in 0..1 [T, H, W]
     r"$\tilde S_i$ of a picture's tokens"
-    x = backbone.transform(image)[None].to(next(backbone.model.parameters()).device)
+    x = backbone.inputs(image)
     maps = minmax(suppress_self(explain(backbone, x, tokens=tokens, **options), tokens, backbone.prefix))[0]
     return upsample(maps, backbone.grid, size or image.size[::-1], how).clamp(0, 1).cpu().numpy()
 
@@ -78,7 +78,7 @@ def figure1(backbone:Backbone, # a vision backbone
            ): # matplotlib figure
     "Figure 1: architecture of the method, with the real contribution matrices and map of one token"
     layer = backbone.layer(layer)
-    x = backbone.transform(image)[None].to(next(backbone.model.parameters()).device)
+    x = backbone.inputs(image)
     Gs = _contributions(backbone, x, token, layer)
     heat = picture_maps(backbone, image, [token], layer=layer)[0]
     fig, ((ax,),) = panels(1, 1)
@@ -313,13 +313,13 @@ def figure9(backbone:Backbone, # a vision backbone
             explainer:Callable=ultra_rows() # of `interpretability_metrics`
            ): # matplotlib figure
     "Tokens, their maps, and the picture perturbed by them"
-    x, tokens = backbone.transform(image)[None], torch.as_tensor(tokens)
+    x, tokens = backbone.inputs(image), torch.as_tensor(tokens)
     maps = patch_maps(explainer, backbone, x, layer, tokens)
-    pixels = lambda x: ((x * torch.tensor(backbone.std)[:, None, None] + torch.tensor(backbone.mean)[:, None, None]).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = lambda x: ((x.cpu() * torch.tensor(backbone.std)[:, None, None] + torch.tensor(backbone.mean)[:, None, None]).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     seeded = lambda: torch.Generator().manual_seed(image_seed(x))
     copies = [pixels(perturb(x, chosen_patches(maps, tokens - backbone.prefix, share, sign, seeded()), backbone.grid, kind, seeded())) for kind in KINDS for sign in SIGNS]
     fig, axes = panels(len(tokens), 6, titles=["image", "map", *(f"{kind}, {sign}" for kind in KINDS for sign in SIGNS)])
-    for row, token, heat, *changed in zip(axes, tokens.tolist(), upsample(minmax(maps), backbone.grid, backbone.size).numpy(), *copies):
+    for row, token, heat, *changed in zip(axes, tokens.tolist(), upsample(minmax(maps), backbone.grid, backbone.size).cpu().numpy(), *copies):
         box = token_box(token, backbone.grid, backbone.size, backbone.prefix)
         show(row[0], pixels(x)[0], box=box), show(row[1], pixels(x)[0], heat, box)
         for ax, picture in zip(row[2:], changed): show(ax, picture, box=box)

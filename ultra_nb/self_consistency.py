@@ -211,7 +211,7 @@ def fit_projection(backbone, # a vision `Backbone`, frozen
     provenance = _origin(backbone, layer) | dict(model=backbone.name, data_hash=data_hash, images=len(images)) | settings
     learned = lambda: Projection(trainer.best.expand(backbone.tokens, -1).contiguous(), provenance, trainer.history)
     def seen(i, step):
-        x = backbone.transform(_picture(images[i]))[None].to(trainer.theta)
+        x = backbone.inputs(_picture(images[i]))
         try: d = differences(backbone, x, classes_of(backbone, x, trainer.W, layer, k, mode), layer, delta, kind, _noise(seed, step, i))
         except ValueError as error: raise FitError(f"image {i}: {error}", learned()) from None
         if not d.isfinite().all(): raise FitError(f"image {i}: perturbed, its tokens are not finite", learned())
