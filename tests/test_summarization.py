@@ -56,23 +56,25 @@ def test_trained_llama_and_real_posts():
     expected, found = reference(backbone.model, backbone.tokenizer, story, summary, backbone.depth + 1), contribution_scores(backbone, backbone.tokenizer, story, summary)
     assert ((found.scores - expected).abs().max() / expected.max()).item() < 1e-8
     assert [story[a:b] for a, b in found.offsets if a < b] and {i for a, b in found.offsets for i in range(a, b)} >= {i for i, c in enumerate(story) if c != " "}
-    posts = read_posts(KIT / "tldr/tldr_samples.csv")
-    told = min(posts, key=lambda p: len(p.context))
-    assert text_figure({told.name: contribution_scores(backbone, backbone.tokenizer, told.context, told.summary, mode="diagonal", truncate=True)}).axes
+    two = sorted(read_posts(KIT / "tldr/tldr_samples.csv"), key=lambda p: len(p.context))[:2]
+    for backbone in (backbone, load("tldr_llama")):
+        parts = {f"{p.name}, {backbone.name}": contribution_scores(backbone.model.float(), backbone.tokenizer, p.context, p.summary, mode="diagonal", truncate=True) for p in two}
+        shown = text_figure(parts).axes
+        for ax, (title, found) in zip(shown, parts.items()):
+            assert ax.get_title(loc="left") == title and len(ax.patches) == len(found.context.split()) and found.scores.isfinite().all()
 
 LONG = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from transformers import LlamaConfig, LlamaForCausalLM
 from ultra_nb.explanation_maps import explain
+from ultra_nb.models import load
 from ultra_nb.reproduction import _resident
 from ultra_nb.summarization import explaining_memory
-config = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000, max_position_embeddings=4096)
-net = LlamaForCausalLM(config).eval().requires_grad_(False)
-explain(net, dict(input_ids=torch.randint(1000, (1, 16))), mode="diagonal")
+net = load("tldr_llama").model
+explain(net, dict(input_ids=torch.randint(800, (1, 16))), mode="diagonal")
 before = _resident("VmRSS")
-explain(net, dict(input_ids=torch.randint(1000, (1, 2048))), tokens=range(2020, 2048), mode="diagonal")
-print((_resident("VmHWM") - before) / 2**30, explaining_memory(config, 2048, "diagonal")["total"])
+explain(net, dict(input_ids=torch.randint(800, (1, 2048))), tokens=range(2020, 2048), mode="diagonal")
+print((_resident("VmHWM") - before) / 2**30, explaining_memory(net.config, 2048, "diagonal")["total"])
 """
 
 def test_two_thousand_tokens_take_the_memory_that_is_stated():

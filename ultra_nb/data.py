@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LARGE', 'MAX_PIXELS', 'ORIENTATION', 'BACKGROUNDS', 'OBJECTS', 'CLASSES', 'COLOURS', 'IGNORE', 'VOC', 'COARSE',
            'POTSDAM', 'MERGED', 'CORNERS', 'DATA', 'PEOPLE', 'SHADES', 'DAYS', 'DOMAINS', 'WANTS', 'WHY', 'ASKS',
-           'OTHER_WANTS', 'OTHER_WHY', 'OTHER_ASKS', 'FILLERS', 'SEPARATOR', 'POST_COLUMNS', 'asset_dir', 'asset',
-           'sha256', 'listed_sums', 'check_assets', 'to_8bit', 'to_rgb', 'read_image', 'Dice', 'Thing', 'Scene',
-           'scene', 'Drawn', 'Scenes', 'Sample', 'read_labels', 'label_table', 'to_classes', 'read_pair',
+           'OTHER_WANTS', 'OTHER_WHY', 'OTHER_ASKS', 'FACTS', 'FILLERS', 'SEPARATOR', 'POST_COLUMNS', 'asset_dir',
+           'asset', 'sha256', 'listed_sums', 'check_assets', 'to_8bit', 'to_rgb', 'read_image', 'Dice', 'Thing',
+           'Scene', 'scene', 'Drawn', 'Scenes', 'Sample', 'read_labels', 'label_table', 'to_classes', 'read_pair',
            'centre_square', 'Pictures', 'scenes', 'voc', 'mostly_stuff', 'coco_stuff', 'cityscapes', 'read_mat',
            'tile_labels', 'read_tile', 'potsdam', 'folder', 'Source', 'open_data', 'Report', 'check_data', 'Post',
-           'post', 'Posts', 'read_posts', 'read_pairs']
+           'summary_of', 'post', 'Posts', 'read_posts', 'read_pairs']
 
 # %% ../nbs/02_data.ipynb #75b7e77c
 import csv
@@ -25,7 +25,7 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -849,6 +849,7 @@ ASKS = ["Should I {plan} on {day}?", "So should I {plan} on {day}?"]
 OTHER_WANTS = ["Last year my {who} tried to {verb} a {shade} {thing}.", "Years ago my {who} used to {verb} some {shade} {thing}."]
 OTHER_WHY = ["Some say that {reason}, but that is not so.", "People online claim that {reason}, which is false."]
 OTHER_ASKS = ["A stranger had to {plan} on {day}.", "Someone else will {plan} next {day}."]
+FACTS = "who verb shade thing reason plan day".split()
 FILLERS = ["I have thought about this for a long time.", "This has been on my mind all week.", "I am not good at this kind of thing.", "Sorry for the long text, I had to get it out.", "I am new here, so please be kind.", "Maybe I worry too much.",
            "I do not want to upset anyone.", "We have talked about it many times.", "Everyone has an opinion about it.", "Honestly, it makes me tired.", "Thanks for reading this far.", "I would love to hear what you think.", "It is hard to explain to people who were not there.", "English is not my first language."]
 
@@ -861,15 +862,18 @@ class Post:
     rejected:str|None = None     # one that is wrong
     decisive:tuple = ()          # (start, end) characters of the words the summary must come from
     distractors:tuple = ()       # (start, end) characters of words of the same kinds that it must not come from
-    facts:tuple = ()             # what the summary must name
+    facts:tuple = ()             # what the summary must name, in the order of `FACTS`
+    others:tuple = ()            # what the distractors say instead
 
-def _told(facts): return "My {who} wants to {verb} the {shade} {thing} because {reason}. Should I {plan} on {day}?".format(**facts)
+def summary_of(facts:Sequence[str]) -> str: # one for each of `FACTS`
+    "The summary that names these facts"
+    return "My {} wants to {} the {} {} because {}. Should I {} on {}?".format(*facts)
 
 def _facts(dice, domain, but=None):
     "One value of every kind, none of them as in `but`"
     verbs, things, reasons, plans = DOMAINS[domain]
     kinds = dict(who=PEOPLE, verb=verbs, shade=SHADES, thing=things, reason=reasons, plan=plans, day=DAYS)
-    return {kind: dice.pick([o for o in options if not but or o != but[kind]]) for kind, options in kinds.items()}
+    return {kind: dice.pick([o for o in kinds[kind] if not but or o != but[kind]]) for kind in FACTS}
 
 def _sentence(frame, facts):
     "A frame with its facts, and the (start, end) of each word of a fact"
@@ -896,8 +900,8 @@ def post(seed:int)->Post: # 60 to 200 words
         spans[is_true] += [(len(text)+a, len(text)+b) for a, b in places]
         text += sentence + " "
     kinds = dice.pick([("who", "shade", "thing"), ("verb", "thing"), ("reason",), ("plan", "day"), ("who", "reason"), ("shade", "day")])
-    wrong = _told(true | {kind: other[kind] for kind in kinds})
-    return Post(f"{domain} {seed}", text.rstrip(), _told(true), wrong, tuple(spans[True]), tuple(spans[False]), tuple(true.values()))
+    wrong = (true | {kind: other[kind] for kind in kinds}).values()
+    return Post(f"{domain} {seed}", text.rstrip(), summary_of(true.values()), summary_of(wrong), tuple(spans[True]), tuple(spans[False]), tuple(true.values()), tuple(other.values()))
 
 class Posts(Drawn):
     "Posts, written on demand"
@@ -963,7 +967,8 @@ def read_pairs(
     "Preference pairs; `ValueError` naming the line where a side is missing or both are the same"
     if Path(source).expanduser().exists(): rows = _table(source)
     else:
-        from datasets import load_dataset
+        try: from datasets import load_dataset
+        except ModuleNotFoundError: raise ImportError("data sets of the hub need the package datasets: pip install 'ultra_nb[llm]'") from None
         try: rows = list(enumerate(load_dataset(str(source), split=split), 1))
         except Exception as e: raise ValueError(f"{source} is no file here, and the hub gives no such data set ({' '.join(str(e).split())[:120]}): pass a file of JSON lines with prompt, chosen and rejected") from None
     found = []

@@ -31,7 +31,7 @@ def _own_rows(taped):
     grad, = torch.autograd.grad(z.sum(), A)
     return A.detach(), grad
 
-def image_seed(x:Tensor, # an image, or several
+def image_seed(x:Tensor, # an image [C, H, W], or several [B, C, H, W]
                seed:int=0) -> int:
     "A seed that belongs to an image: the same wherever it stands in a data set"
     return int(np.random.SeedSequence([seed, zlib.crc32(x.cpu().numpy().tobytes())]).generate_state(1)[0])

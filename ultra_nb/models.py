@@ -741,23 +741,42 @@ def _vit(
     model.load_state_dict(state)
     return wrap(model, size or args["img_size"], name=name, weights_hash=checksum(file), **fields)
 
-def _scenes(
+def _llama(
+    args:dict, # of transformers' LlamaConfig
+    file, # its weights
+    name:str, # as given to `load`
+    size, # must be None: there are no pictures
+    dtype, # of the parameters
+) -> Backbone:
+    "The Llama that `args` describe, with the tokenizer of the posts"
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    if size: raise ValueError(f"{name} is a language model: it has no image_size")
+    with _quiet(): model, wrong = _from_state(LlamaConfig(**args), read_weights(file), dtype)
+    if wrong: raise WeightsError(f"{file} does not fit {name}: {wrong}")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(embedded("tldr_tokenizer.json")), bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    return Backbone(model, find_blocks(model), args["hidden_size"], name=name, weights_hash=checksum(file), tokenizer=tokenizer)
+
+def _shipped(
     spec:str, # name of the shipped files
     name:str, # as given to `load`
     weights, # local file, or None for the shipped one
     size, # (height, width) in pixels, or None for the model's own
-    dtype, # not needed here
+    dtype, # of a language model's parameters
 ) -> Backbone:
     "A model that ships with the project; its configuration says of which library"
-    cfg = json.loads(embedded(f"{spec}.json").read_text())
-    file, pictures = weights or embedded(f"{spec}.safetensors"), dict(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
+    cfg, file = json.loads(embedded(f"{spec}.json").read_text()), weights or embedded(f"{spec}.safetensors")
+    if "llama" in cfg: return _llama(cfg["llama"], file, name, size, dtype)
+    pictures = dict(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
     if "timm" in cfg: return _vit(cfg["timm"], file, name, size, **pictures)
     return _clip(cfg, file, name, size, tokenizer=_words(cfg["text_cfg"]["context_length"]), **pictures)
 
 # %% ../nbs/01_models.ipynb #d2c782dc
 _KNOWN = dict( # name -> library, its name there, L, D
-    scenes_clip=("scenes", "scenes_clip", None, None),
-    scenes_dino=("scenes", "scenes_dino", None, None),
+    scenes_clip=("shipped", "scenes_clip", None, None),
+    scenes_dino=("shipped", "scenes_dino", None, None),
+    tldr_llama=("shipped", "tldr_llama", None, None),
+    tldr_llama_sft=("shipped", "tldr_llama_sft", None, None),
+    tldr_llama_base=("shipped", "tldr_llama_base", None, None),
     clip_vitb32=("open_clip", "ViT-B-32-quickgelu/openai", 12, 768),
     clip_vitb16=("open_clip", "ViT-B-16-quickgelu/openai", 12, 768),
     clip_vitl14=("open_clip", "ViT-L-14-quickgelu/openai", 24, 1024),
@@ -776,7 +795,7 @@ def where(
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
     library, spec, *_ = _KNOWN[name]
-    if library == "scenes": return None, True
+    if library == "shipped": return None, True
     repo = dict(timm=f"timm/{spec}", transformers=spec).get(library) or _clip_tag(*spec.split("/"), None)[1]["hf_hub"].rstrip("/")
     try: return repo, repo in {found.repo_id for found in scan_cache_dir().repos}
     except CacheNotFound: return repo, False
@@ -798,7 +817,7 @@ def _find(
                      "a transformers repository owner/name, and a local transformers folder"))
 
 # %% ../nbs/01_models.ipynb #237b4f2a
-_LIBRARIES = dict(scenes=_scenes, open_clip=_open_clip, timm=_timm, transformers=_transformers)
+_LIBRARIES = dict(shipped=_shipped, open_clip=_open_clip, timm=_timm, transformers=_transformers)
 
 def load(
     name:str, # one of `names()`, a timm name, an open_clip name (or name/tag), a transformers folder or hub repository

@@ -46,7 +46,8 @@ def _blurred(x, sigma=8.):
     return gaussian_blur(x, 2 * int(2 * sigma) + 1, sigma)
 
 # %% ../nbs/07_self_consistency.ipynb #d8b59a9f
-def unit(theta:Tensor) -> Tensor: # $w_i = \theta_i / \lVert\theta_i\rVert$
+def unit(theta:Tensor # [N, D]
+        ) -> Tensor: # $w_i = \theta_i / \lVert\theta_i\rVert$
     "Rows of length one"
     return F.normalize(theta, dim=-1, eps=torch.finfo(theta.dtype).tiny)
 
