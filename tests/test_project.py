@@ -56,7 +56,7 @@ def test_run_time_needs_no_development_package():
 ALLOWED = dict(preliminaries="", models="", data="", records="", figures="", explanation_maps="preliminaries models", segmentation="explanation_maps",
                self_consistency="explanation_maps segmentation records", interpretability_metrics="explanation_maps models preliminaries records", evaluation="data models explanation_maps segmentation records",
                summarization="explanation_maps models data records figures",
-               reproduction="*", cli="*")
+               explorer="*", reproduction="*", cli="*")
 
 def test_modules_import_only_what_the_design_allows():
     for path in (ROOT / "ultra_nb").glob("*.py"):
