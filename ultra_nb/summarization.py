@@ -9,7 +9,7 @@ __all__ = ['TEXT_CONTROLS', 'Joined', 'join', 'Scores', 'contribution_scores', '
            'word_test', 'parameters', 'training_memory', 'explaining_memory']
 
 # %% ../nbs/09_summarization.ipynb #4b1bfa4c
-import copy, html, re
+import copy, html, re, textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,16 +166,17 @@ def text_figure(parts:dict, # title to Scores, one below the other
         return placed, line + 1
     laid = {title: lines(found) for title, found in parts.items()}
     fig, axes = panels(len(parts), 1)
-    heights = [n + 3.5 for _, n in laid.values()]
+    below = {title: textwrap.wrap("TL;DR: " + found.summary, columns) for title, found in parts.items()}
+    heights = [n + len(below[title]) + 2.5 for title, (_, n) in laid.items()]
     fig.set_size_inches(7.6, .2 * sum(heights))
     axes[0, 0].get_gridspec().set_height_ratios(heights)
     for ax, (title, (placed, n)) in zip(axes[:, 0], laid.items()):
         top = max(w.score for w, *_ in placed) or 1.
-        ax.set_xlim(0, columns), ax.set_ylim(n + 1.5, -1), ax.set_title(title, fontsize=9, color=INK, loc="left")
+        ax.set_xlim(0, columns), ax.set_ylim(n + len(below[title]) + .5, -1), ax.set_title(title, fontsize=9, color=INK, loc="left")
         for w, line, column in placed:
             ax.add_patch(Rectangle((column - .2, line - .5), len(w.text) + .4, .9, color=ACCENT, alpha=.5 * max(0., w.score) / top, linewidth=0))
             ax.text(column, line, w.text, fontsize=9, family="monospace", color=INK, va="center", parse_math=False)
-        ax.text(0, n + .4, "TL;DR: " + parts[title].summary, fontsize=9, family="monospace", color=ACCENT, va="center", parse_math=False)
+        for i, said in enumerate(below[title]): ax.text(0, n + i + .4, said, fontsize=9, family="monospace", color=ACCENT, va="center", parse_math=False)
     return fig
 
 # %% ../nbs/09_summarization.ipynb #da7994ef
@@ -189,10 +190,14 @@ def _train(trainer, config, model, tokenizer, rows, out, arguments, lora, **own)
     with needs("llm"):
         from datasets import Dataset
         from peft import LoraConfig
+    from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
     args = config(output_dir=str(out), report_to="none", **arguments or {})
     going = trainer(model, args=args, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer, peft_config=None if lora is None else LoraConfig(task_type="CAUSAL_LM", **lora), **own)
-    going.train(resume_from_checkpoint=get_last_checkpoint(out) if Path(out).is_dir() else None)
+    last = get_last_checkpoint(out) if Path(out).is_dir() else None
+    state = TrainerState.load_from_json(f"{last}/trainer_state.json") if last else None
+    if state and state.global_step >= (args.max_steps if args.max_steps > 0 else state.max_steps): going._load_from_checkpoint(last) # train() would take one step more
+    else: going.train(resume_from_checkpoint=last)
     going.save_model(str(out))
     return going.accelerator.unwrap_model(going.model)
 
