@@ -1,5 +1,6 @@
-# make reproduce: environment, then every notebook top to bottom on the embedded default, figures into figures/
+# make reproduce: environment, then every table and figure of the paper on the embedded default, and the report: report/index.html
 # make test:      environment, then all tests
+# make docs:      environment, then the notebooks as a site to read, in _site/ (no Quarto, no network)
 # Python 3.11, 3.12 or 3.13; another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -8,14 +9,16 @@ export HF_HUB_OFFLINE ?= 1
 export MPLBACKEND ?= agg
 READY := .venv/ready
 
-.PHONY: reproduce test environment readme clean
+.PHONY: reproduce test docs environment readme clean
 
 reproduce: environment
-	$(BIN)/nbdev_test --n_workers 1 --do_print --timing
-	@echo "figures are in figures/"
+	$(BIN)/ultra-nb reproduce all
 
 test: environment
 	$(BIN)/python -m pytest -q --durations=8
+
+docs: environment
+	$(BIN)/python -W ignore docs/build.py _site
 
 environment: $(READY)
 
@@ -34,4 +37,4 @@ readme:
 	  sed -E 's#\]\(([^:)]*\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' > $(README)
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist _site _proc *.egg-info
