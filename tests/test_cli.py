@@ -1,11 +1,11 @@
 "The command line as a stranger meets it: odd pictures, damaged files, folders that cannot be written."
-import os, pickle, subprocess, sys
+import argparse, os, pickle, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from ultra_nb.cli import main
+from ultra_nb.cli import main, parser
 from ultra_nb.models import embedded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
@@ -141,3 +141,47 @@ def test_interrupt_has_its_own_exit_code(monkeypatch, capsys):
     monkeypatch.setattr("ultra_nb.cli._picture", stop)
     assert main(["explain", "--out", "never.png"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+WRONG = { # what is missing or wrong: the command's own usage, then one line
+    "": "the following arguments are required: COMMAND", "paint": "invalid choice: 'paint'",
+    "explain --layer x": "invalid int value: 'x'", "explain --token": "expected one argument", "explain --colour red": "unrecognized arguments",
+    "segment --mode fast": "invalid choice: 'fast'", "segment a.jpg b.jpg": "unrecognized arguments: b.jpg",
+    "evaluate": "required: DATASET", "evaluate scenes --k 3 --threshold 0.4": "not allowed with",
+    "perturb": "required: DATASET", "perturb scenes --share": "expected at least one argument",
+    "itiou": "required: DATASET", "itiou scenes --tau x": "invalid float value: 'x'",
+    "fit-w": "required: DATASET", "fit-w scenes --kind dust": "invalid choice: 'dust'",
+    "data voc potsdam": "unrecognized arguments: potsdam", "data --root": "expected one argument",
+    "summarize": "required: FILE", "summarize post.txt --scalar mean": "invalid choice: 'mean'",
+    "train": "required: SETTINGS, --out", "train sft_llama2_7b": "required: --out",
+    "reproduce table9": "'table9' is no table or figure of the paper", "reproduce --profile mine": "invalid choice: 'mine'", "reproduce --root DIR": "'DIR' has no name",
+    "doctor who": "unrecognized arguments: who", "bench": "required: WHAT", "bench maps --repeats": "expected one argument", "bench maps a.jpg b.jpg": "unrecognized arguments: b.jpg",
+}
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_arguments_get_usage_and_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stopped: main(words.split())
+    said = capsys.readouterr()
+    usage, *_, last = said.err.strip().splitlines()
+    command = words.split()[0] if words.split()[:1] not in ([], ["paint"]) else ""
+    assert stopped.value.code == 2 and said.out == "" and WRONG[words] in last and usage.startswith(f"usage: ultra-nb {command}".rstrip()), said.err
+    assert sum(not line.startswith(("usage:", " ")) for line in said.err.strip().splitlines()) == 1, said.err
+
+def test_wrong_arguments_are_tried_for_every_command():
+    commands = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert set(commands) <= {words.split()[0] for words in WRONG if words}
+
+def test_a_reader_that_leaves_early_is_no_error():
+    "As in: ultra-nb doctor | head -1"
+    with subprocess.Popen([sys.executable, "-m", "ultra_nb.cli", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")) as process:
+        assert process.stdout.readline().startswith(b"ok  python")
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+def test_the_first_photograph_goes_as_the_readme_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save("photo.jpg")
+    said = (Path(__file__).parent.parent / "README.md").read_text().split("## From a clone to a photograph")[1].split("```")
+    argv = next(line for line in said[1].splitlines() if "ultra-nb " in line).split("#")[0].split()[1:]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert f"{err.strip()}\n{out.strip()}" == said[3].strip()
