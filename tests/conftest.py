@@ -1,14 +1,6 @@
 "What several test files share."
 import shutil
-from pathlib import Path
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-@pytest.fixture(scope="session", autouse=True)
-def figures_before(tmp_path_factory):
-    "Copy of figures/ as it was when the tests started: running the notebooks draws them again"
-    return shutil.copytree(ROOT / "figures", tmp_path_factory.mktemp("figures") / "before")
 
 @pytest.fixture(scope="session")
 def browser():
