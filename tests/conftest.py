@@ -2,6 +2,14 @@
 import shutil
 import pytest
 
+BROWSER = {"test_docs", "test_explorer", "test_report"} # one browser at a time
+
+def pytest_collection_modifyitems(items):
+    "With two workers (make test): tests of a file share its fixtures and stay together; notebooks are shared out"
+    for item in items:
+        group = "browser" if item.path.stem in BROWSER else item.path.stem
+        if group != "test_project": item.add_marker(pytest.mark.xdist_group(group))
+
 @pytest.fixture(scope="session")
 def browser():
     "Headless Chromium; tests that need it are left out where there is none"
