@@ -268,7 +268,7 @@ def _half_width(moved, share):
     if not several.any(): return np.inf
     spread, plain = np.zeros(len(images)), (moved**2).sum(0)
     spread[several] = (plain / np.maximum(squares * (1 - squares), 1e-300))[several]
-    pooled = np.average(spread[several], weights=images[several] - 1)
+    pooled = np.average(spread[several], weights=images[several] - 1) # counts as one image more
     images = np.maximum(images, 1)
     variance = ((images - 1) * spread + pooled) / images * squares
     if not variance.any(): return 0.
@@ -292,9 +292,9 @@ def metrics_of(tables:np.ndarray, # [n, C + 1, C]
     return out
 
 def paired(result:Result, # of `evaluate`
-               a:str, b:str, # methods
-               other:Result|None=None # where b is; None = in the same result
-              ) -> dict: # percent
+           a:str, b:str, # methods
+           other:Result|None=None # where b is; None = in the same result
+          ) -> dict: # percent
     "How far method a is above method b on the same images, with 95 % intervals. Raises ValueError for other images"
     other, seen = other or result, lambda found: [r["sha256"] for r in found.rows]
     if seen(result) != seen(other): raise ValueError("the two results are of different images")

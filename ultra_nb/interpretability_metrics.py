@@ -318,8 +318,8 @@ def itiou_test(backbone:Backbone, # a vision backbone
 
 # %% ../nbs/08_interpretability_metrics.ipynb #b18141b1
 def paired(result:Result, # of `perturbation_test` or `itiou_test`
-               a:str, b:str # methods
-              ) -> dict: # each metric, "metric low", "metric high"
+           a:str, b:str # methods
+          ) -> dict: # each metric, "metric low", "metric high"
     "How far the metrics of method a are above those of method b, image by image, with 95 % intervals"
     s = result.settings
     if s["test"] == "perturbation": ours, theirs = (_moves(result.rows, m, s["shares"]) for m in (a, b))
