@@ -58,13 +58,18 @@ def refused(call, words):
 
 # Something between the blocks
 
-@pytest.mark.parametrize("between", [lambda z: 2 * z, lambda z: z.mul_(2), lambda z: F.layer_norm(z, (16,)), lambda z: z.flip(-1), lambda z: z + TOKENS, lambda z: z.cumsum(1)],
-                         ids=["scale", "scale in place", "norm", "projection", "skip", "mixing"])
+@pytest.mark.parametrize("between", [lambda z: 2 * z, lambda z: z.mul_(2), lambda z: F.layer_norm(z, (16,)), lambda z: z.flip(-1), lambda z: z.cumsum(1)],
+                         ids=["scale", "scale in place", "norm", "projection", "mixing"])
 @pytest.mark.parametrize("mode", ["exact", "diagonal"])
 def test_something_between_the_blocks(between, mode):
     model = stack(between=between)
     refused(lambda: explain(model, dict(z=TOKENS), mode=mode), "something stands between")
     assert off(explain(model, dict(z=TOKENS), layer=2, mode=mode), stack(), dict(z=TOKENS), 2) < 1e-8
+
+@pytest.mark.parametrize("mode", ["exact", "diagonal"])
+def test_a_constant_between_blocks_is_followed(mode):
+    model = stack(between=lambda z: z + TOKENS)
+    assert off(explain(model, dict(z=TOKENS), layer=2 if mode == "diagonal" else 4, mode=mode), model, dict(z=TOKENS), 2 if mode == "diagonal" else 4) < 1e-8
 
 class Wide(Block):
     def forward(self, z): return super().forward(z.double())

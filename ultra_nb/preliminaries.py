@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANDOM', 'DETACHED', 'paper_block', 'softmax_attention', 'Tap', 'attention_tap', 'find_blocks', 'tokens_of', 'Taped',
-           'gradients', 'forward', 'differs', 'tape', 'side_road', 'own_attention', 'attentions', 'contribution',
+           'gradients', 'forward', 'differs', 'tape', 'broken_at', 'own_attention', 'attentions', 'contribution',
            'check_order', 'row_product', 'class_map', 'attention_rollout']
 
 # %% ../nbs/00_preliminaries.ipynb #c6aebd15
@@ -180,7 +180,6 @@ class Taped:
     kwargs: dict # likewise
     place: int|str # where the tokens stand among them
     z: Tensor # the block's input $z^{(b)}$ [B, N, D]
-    follows: bool # is that what the block before put out?
     after: Tensor|None = None # the block's output [B, N, D]
 
     def __call__(self, z:Tensor) -> Tensor: # tokens [B, N, D] to the block's output [B, N, D]
@@ -204,9 +203,9 @@ def _note(block, args, kwargs, before):
     found = _tensors(args, kwargs)
     if not found: raise ValueError(f"{type(block).__name__} gets no tokens [B, N, D]: models that merge or window tokens (Swin, ..) have no latent token per input token")
     place = next((p for p, t in found.items() if before and _equal(before.after, t)), None)
-    if place is not None: return Taped(block, args, kwargs, place, before.after.to(found[place]), True)
+    if place is not None: return Taped(block, args, kwargs, place, before.after.to(found[place])) # one copy serves both
     place = next((p for p in (0, "hidden_states") if p in found), next(iter(found)))
-    return Taped(block, args, kwargs, place, found[place].detach().clone(), False)
+    return Taped(block, args, kwargs, place, found[place].detach().clone())
 
 # %% ../nbs/00_preliminaries.ipynb #ca133ce0
 @contextmanager
@@ -229,12 +228,13 @@ def forward(model:nn.Module, inputs:Tensor|dict):
 # %% ../nbs/00_preliminaries.ipynb #0c7c5d29
 @contextmanager
 def _hooked(blocks, enter, leave):
-    "Calls enter(block, args, kwargs) before and leave(block, args, output) after each block, in this thread's passes only"
+    """Calls enter(block, args, kwargs) before and leave(block, args, output) after each block, in this thread's passes
+    only; what they return takes the place of arguments and output"""
     thread = get_ident()
     def before(block, args, kwargs=None): # another thread's pass may meet the hook half registered, without kwargs
         if get_ident() == thread: return enter(block, args, kwargs)
     def after(block, args, out):
-        if get_ident() == thread: leave(block, args, out)
+        if get_ident() == thread: return leave(block, args, out)
     hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
     hooks += [b.register_forward_hook(after) for b in blocks]
     try: yield
@@ -283,7 +283,7 @@ def _pass(model, blocks, inputs):
         note.after = tokens_of(block, out).detach().clone()
     with torch.inference_mode(False), torch.no_grad(), _opened(None), _hooked(blocks, enter, leave): forward(model, inputs)
     _check_calls([t.block for t in notes], blocks)
-    place = next((t.place for t in notes[1:2] if t.follows), None)
+    place = next((t.place for t in notes[1:2] if _equal(notes[0].after, t.z)), None)
     if place in first: notes[0].place, notes[0].z = place, first[place] # the first block gets its tokens as the second
     return notes
 
@@ -311,19 +311,29 @@ def _leads_to(node, leaves):
         todo += [earlier for earlier, _ in node.next_functions]
     return False
 
-def side_road(model:nn.Module, # any transformer
+def _passes_on(z, leaf):
+    "Is z the leaf, as far as gradients can tell? Small whole numbers survive any change of type"
+    r = torch.randint(-8, 9, z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    grad = torch.autograd.grad(z, leaf, r, allow_unused=True)[0] if z.requires_grad and z.shape == leaf.shape else None
+    return grad is not None and torch.allclose(grad.to(r), r, rtol=1e-6, atol=1e-6)
+
+def broken_at(model:nn.Module, # any transformer
               notes:list[Taped], # of `tape`
               inputs:Tensor|dict # that it was taped with
-             ) -> int|None: # 2..L; None: there is none
-    "The first block that reads what an earlier block computed, other than its tokens"
+             ) -> tuple[int, str]|None: # the first block, 2..L, that breaks the chain and how; None: it is a chain
+    "Where something stands between two blocks, or a block reads what earlier blocks computed by another road"
     leaves, found = [], []
     def enter(block, args, kwargs):
-        note = notes[len(leaves)]
-        z = _with(args, kwargs, note.place, note.z)
+        note = notes[len(leaves) // 2]
+        z = {**dict(enumerate(args)), **kwargs}[note.place]
+        if leaves and (_leads_to(z.grad_fn, leaves[:-1]) or not _passes_on(z, leaves[-1])): found.append((len(leaves) // 2 + 1, "between"))
         leaves.append(note.z.clone().requires_grad_())
         return _with(args, kwargs, note.place, leaves[-1].clone())
     def leave(block, args, out):
-        if _leads_to(tokens_of(block, out).grad_fn, leaves[:-1]): found.append(len(leaves))
+        z = tokens_of(block, out)
+        if _leads_to(z.grad_fn, leaves[:-1]): found.append((len(leaves) // 2 + 1, "beside"))
+        leaves.append(z.detach().requires_grad_())
+        return leaves[-1].clone() if out is z else (leaves[-1].clone(), *out[1:])
     with gradients(), _opened(None), _hooked([t.block for t in notes], enter, leave): forward(model, inputs)
     return next(iter(found), None)
 
