@@ -64,12 +64,22 @@ def refused(call, words):
 def test_something_between_the_blocks(between, mode):
     model = stack(between=between)
     refused(lambda: explain(model, dict(z=TOKENS), mode=mode), "something stands between")
-    assert off(explain(model, dict(z=TOKENS), layer=2, mode=mode), stack(), dict(z=TOKENS), 2) < 1e-8
+    refused(lambda: explain(model, dict(z=TOKENS), layer=2, mode=mode), "something stands between") # z^(2) is what enters block 2
 
-@pytest.mark.parametrize("mode", ["exact", "diagonal"])
-def test_a_constant_between_blocks_is_followed(mode):
+def test_a_break_above_the_layer_does_not_matter():
+    torch.manual_seed(0)
+    model = shaken(Stack(*(Block() for _ in range(4))))
+    model.forward = lambda z: model.blocks[3](2 * reduce(lambda z, b: b(z), model.blocks[:3], z))
+    for layer in (2, 3): assert off(explain(model, dict(z=TOKENS), layer=layer), model, dict(z=TOKENS), layer) < 1e-8
+    for layer in (4, 5): refused(lambda: explain(model, dict(z=TOKENS), layer=layer), "layers up to 3 can be explained")
+
+def test_a_constant_between_blocks_is_followed():
     model = stack(between=lambda z: z + TOKENS)
-    assert off(explain(model, dict(z=TOKENS), layer=2 if mode == "diagonal" else 4, mode=mode), model, dict(z=TOKENS), 2 if mode == "diagonal" else 4) < 1e-8
+    for scalar in ("sum", "energy"): assert off(explain(model, dict(z=TOKENS), scalar=scalar), model, dict(z=TOKENS), scalar=scalar) < 1e-8
+    shifted = latents(model, dict(z=TOKENS), layer=2) # z^(2) is what enters block 2, the constant in it
+    torch.testing.assert_close(shifted, latents(stack(), dict(z=TOKENS), layer=2) + TOKENS)
+    maps = explain(model, dict(z=TOKENS), layer=2, scalar=lambda z: ((z - TOKENS)**2).sum(-1))
+    torch.testing.assert_close(maps, explain(stack(), dict(z=TOKENS), layer=2, scalar="energy"))
 
 class Wide(Block):
     def forward(self, z): return super().forward(z.double())

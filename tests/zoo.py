@@ -2,11 +2,13 @@
 
 `python tests/zoo.py [--only REGEX] [--jobs 2] [--out RECORD.json]` says for each model and mode whether the maps are
 correct, refused in one line, or WRONG. The reference takes nothing from ultra_nb but the list of blocks to explain.
+`make zoo` judges all of them, about six minutes on two cores, and renews the record that the README's table is made of.
 """
 import argparse, copy, dataclasses, functools, json, multiprocessing, re, signal, time, warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 import open_clip, timm, torch, transformers
 import torch.nn.functional as F
@@ -189,13 +191,14 @@ def judge(model, inputs, path):
 @dataclasses.dataclass
 class Case:
     library: str
+    kind: str # of what it reads: pictures, text, sound; or made up
     family: str
     name: str
     build: Callable # to a model and its inputs
     path: str|None = None # of the list of blocks in the model; None: explain finds them
 
     @property
-    def names(self): return dict(library=self.library, family=self.family, name=self.name)
+    def names(self): return dict(library=self.library, kind=self.kind, family=self.family, name=self.name)
 
 def noise(*shape): return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 def ids(*shape): return torch.randint(3, 50, shape, generator=torch.Generator().manual_seed(1))
@@ -261,7 +264,7 @@ def timm_case(arguments, size, name):
         model = timm.create_model(name, num_classes=5, **arguments)
         return model, noise(2, 3, *[size or model.default_cfg["input_size"][-1]] * 2)
     family = timm.models.model_entrypoint(name).__module__.split(".")[-1]
-    return Case("timm", family, named(name, path), build, path)
+    return Case("timm", "pictures", family, named(name, path), build, path)
 
 def ragged():
     "Patches of two pictures of different size, as NaFlexViT takes them"
@@ -271,6 +274,10 @@ def ragged():
     coordinates = torch.stack([y, x], -1).reshape(1, 16, 2).expand(2, -1, -1)
     return timm.create_model("naflexvit_base_patch16_gap", **FLEXIBLE), dict(
         x=noise(2, 16, 192), patch_coord=coordinates, patch_valid=valid)
+
+def wide():
+    model = timm.create_model("vit_tiny_patch16_224", **PLAIN | dict(img_size=(32, 48)))
+    return model, noise(2, 3, 32, 48)
 
 def words(n=7): return dict(input_ids=ids(2, n))
 def padded():
@@ -345,52 +352,53 @@ SPECIAL = { # what a type needs besides
 }
 DECODERS = sorted({m.__name__ for c, m in transformers.MODEL_FOR_CAUSAL_LM_MAPPING.items()
                    if not getattr(c, "sub_configs", {})})
-TRANSFORMERS = [ # inputs, what to change (None: the library's sizes), names
-    (words, {}, " ".join(DECODERS)),
-    (padded, {}, """LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Gemma3ForCausalLM GPT2LMHeadModel
+TRANSFORMERS = [ # kind, inputs, what to change (None: the library's sizes), names
+    ("text", words, {}, " ".join(DECODERS)),
+    ("text", padded, {}, """LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Gemma3ForCausalLM GPT2LMHeadModel
         OPTForCausalLM FalconForCausalLM BertModel RobertaModel DistilBertModel ModernBertModel BartForCausalLM
         MixtralForCausalLM DeepseekV3ForCausalLM"""),
-    (words, dict(use_sliding_window=True, max_window_layers=1), "Qwen2ForCausalLM"),
-    (words, FULL | dict(num_kv_shared_layers=1), "Gemma4ForCausalLM Gemma3nForCausalLM"),
-    (words, dict(alibi=True), "FalconForCausalLM"),
-    (words, dict(new_decoder_architecture=True), "FalconForCausalLM"),
-    (words, dict(multi_query=False), "GPTBigCodeForCausalLM"),
-    (words, FULL, "Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM KimiLinearForCausalLM"),
-    (words, dict(layer_types=["linear_attention", "full_attention", "linear_attention"]),
+    ("text", words, dict(use_sliding_window=True, max_window_layers=1), "Qwen2ForCausalLM"),
+    ("text", words, FULL | dict(num_kv_shared_layers=1), "Gemma4ForCausalLM Gemma3nForCausalLM"),
+    ("text", words, dict(alibi=True), "FalconForCausalLM"),
+    ("text", words, dict(new_decoder_architecture=True), "FalconForCausalLM"),
+    ("text", words, dict(multi_query=False), "GPTBigCodeForCausalLM"),
+    ("text", words, FULL, "Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM KimiLinearForCausalLM"),
+    ("text", words, dict(layer_types=["linear_attention", "full_attention", "linear_attention"]),
         "GraniteMoeHybridForCausalLM"),
-    (words, dict(layer_types=["conv", "full_attention", "conv"]), "Lfm2ForCausalLM"),
-    (words, {}, """BertModel RobertaModel DistilBertModel AlbertModel ElectraModel DebertaModel DebertaV2Model
+    ("text", words, dict(layer_types=["conv", "full_attention", "conv"]), "Lfm2ForCausalLM"),
+    ("text", words, {}, """BertModel RobertaModel DistilBertModel AlbertModel ElectraModel DebertaModel DebertaV2Model
         ModernBertModel EuroBertModel NomicBertModel MPNetModel EsmModel CamembertModel XLMRobertaModel ConvBertModel
         SqueezeBertModel MobileBertModel FNetModel FunnelModel LongformerModel BigBirdModel NystromformerModel
         XLNetModel RoFormerModel LayoutLMModel LiltModel CanineModel IBertModel LukeModel MegatronBertModel
         RemBertModel SplinterModel YosoModel MraModel ErnieModel CLIPTextModel SiglipTextModel T5EncoderModel
         UMT5EncoderModel GteModel JinaEmbeddingsV3Model UltrabertModel DPRQuestionEncoder RoCBertModel XmodModel
         Data2VecTextModel ImageGPTModel"""),
-    (pairs, {}, """BartModel BartModel@encoder.layers BartModel@decoder.layers T5Model T5Model@encoder.block
+    ("text", pairs, {}, """BartModel BartModel@encoder.layers BartModel@decoder.layers T5Model T5Model@encoder.block
         T5Model@decoder.block MarianModel PegasusModel@encoder.layers M2M100Model@encoder.layers LEDModel
         LongT5Model@encoder.block SwitchTransformersModel@encoder.block NllbMoeModel@encoder.layers ProphetNetModel
         FSMTModel"""),
-    (pictures, {}, """ViTModel DeiTModel BeitModel Data2VecVisionModel Dinov2Model Dinov2WithRegistersModel
+    ("pictures", pictures, {}, """ViTModel DeiTModel BeitModel Data2VecVisionModel Dinov2Model Dinov2WithRegistersModel
         DINOv3ViTModel CLIPVisionModel SiglipVisionModel ViTMAEModel ViTMSNModel IJepaModel YolosModel DPTModel
         PixtralVisionModel Aimv2VisionModel MLCDVisionModel MetaClip2VisionModel ChineseCLIPVisionModel
         AltCLIPVisionModel CLIPSegVisionModel InternVLVisionModel FlavaImageModel PixioModel Sapiens2Model RadioModel
         Tipsv2VisionModel GroupViTVisionModel OwlViTVisionModel Owlv2VisionModel VitDetModel SamVisionModel
         BlipVisionModel MobileViTModel"""),
-    (photographs, None, """SwinModel Swinv2Model SegformerModel PvtModel PvtV2Model LevitModel CvtModel GLPNModel
-        HieraModel"""),
-    (unshuffled, {}, "ViTMAEModel"),
-    (lambda: dict(pixel_values=noise(2, 16, 192), spatial_shapes=torch.tensor([[4, 4], [4, 3]]),
+    ("pictures", photographs, None, """SwinModel Swinv2Model SegformerModel PvtModel PvtV2Model LevitModel CvtModel
+        GLPNModel HieraModel"""),
+    ("pictures", unshuffled, {}, "ViTMAEModel"),
+    ("pictures", lambda: dict(pixel_values=noise(2, 16, 192), spatial_shapes=torch.tensor([[4, 4], [4, 3]]),
                   pixel_attention_mask=(torch.arange(16) < torch.tensor([[16], [12]])).long()),
         dict(num_patches=16), "Siglip2VisionModel"),
-    (videos, {}, "TimesformerModel VideoMAEModel VivitModel"),
-    (lambda: dict(pixel_values_videos=noise(2, 2, 3, 32, 32), skip_predictor=True), {}, "VJEPA2Model"),
-    (waves, {}, """Wav2Vec2Model HubertModel WavLMModel Data2VecAudioModel UniSpeechModel UniSpeechSatModel SEWModel
-        SEWDModel Wav2Vec2ConformerModel"""),
-    (lambda: dict(input_values=noise(2, 32, 16)), {}, "ASTModel"),
-    (lambda: dict(input_features=noise(2, 24, 16)), {}, "Wav2Vec2BertModel"),
-    (lambda: dict(input_features=noise(2, 16, 48), decoder_input_ids=ids(2, 5)), {},
+    ("pictures", videos, {}, "TimesformerModel VideoMAEModel VivitModel"),
+    ("pictures", lambda: dict(pixel_values_videos=noise(2, 2, 3, 32, 32), skip_predictor=True), {}, "VJEPA2Model"),
+    ("sound", waves, {}, """Wav2Vec2Model HubertModel WavLMModel Data2VecAudioModel UniSpeechModel UniSpeechSatModel
+        SEWModel SEWDModel Wav2Vec2ConformerModel"""),
+    ("sound", lambda: dict(input_values=noise(2, 32, 16)), {}, "ASTModel"),
+    ("sound", lambda: dict(input_features=noise(2, 24, 16)), {}, "Wav2Vec2BertModel"),
+    ("sound", lambda: dict(input_features=noise(2, 16, 48), decoder_input_ids=ids(2, 5)), {},
         "WhisperModel WhisperModel@encoder.layers"),
-    (lambda: dict(input_values=noise(2, 3000), decoder_input_ids=ids(2, 5)), {}, "MoonshineModel@encoder.layers"),
+    ("sound", lambda: dict(input_values=noise(2, 3000), decoder_input_ids=ids(2, 5)), {},
+        "MoonshineModel@encoder.layers"),
 ]
 
 def shrink(config_class, special):
@@ -409,7 +417,7 @@ def with_fused(model_class, config, inputs):
         return model
     except Exception: return build(config)
 
-def transformers_case(inputs, special, name):
+def transformers_case(kind, inputs, special, name):
     name, _, path = name.partition("@")
     model_class = getattr(transformers, name)
     config_class = model_class.config_class
@@ -417,7 +425,7 @@ def transformers_case(inputs, special, name):
         ins, config = inputs(), config_class() if special is None else shrink(config_class, special)
         return with_fused(model_class, config, ins), ins
     how = [inputs.__name__] * (inputs in (padded, unshuffled)) + [f"{k}={v}" for k, v in (special or {}).items()]
-    return Case("transformers", config_class.model_type, ", ".join([named(name, path), *how]), build, path)
+    return Case("transformers", kind, config_class.model_type, ", ".join([named(name, path), *how]), build, path)
 
 CLIP = dict(embed_dim=16, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=3, head_width=8),
             text_cfg=dict(context_length=9, vocab_size=50, width=32, heads=4, layers=3))
@@ -432,7 +440,8 @@ def open_clip_cases():
     def clip(**vision): return open_clip.model.CLIP(**CLIP | dict(vision_cfg=CLIP["vision_cfg"] | vision))
     def custom(**text): return open_clip.model.CustomTextCLIP(**CLIP | dict(text_cfg=CLIP["text_cfg"] | text))
     def case(name, build, inputs, path=None):
-        return Case("open_clip", "clip", named(name, path), lambda: (build(), inputs()), path)
+        kind = "text" if "text" in name else "pictures"
+        return Case("open_clip", kind, "clip", named(name, path), lambda: (build(), inputs()), path)
     return [
         case("visual", lambda: clip().visual, pixels),
         case("visual, QuickGELU", lambda: open_clip.model.CLIP(**CLIP, quick_gelu=True).visual, pixels),
@@ -446,7 +455,7 @@ def open_clip_cases():
         case("custom text", lambda: custom().text, texts),
         case("custom text, CLS", lambda: custom(embed_cls=True).text, texts),
         case("custom text, no causal mask", lambda: custom(no_causal_mask=True, pool_type="last").text, texts),
-        case("both", clip, lambda: dict(image=pixels()) | texts()),
+        case("both towers", clip, lambda: dict(image=pixels()) | texts()),
         case("both", clip, lambda: dict(image=pixels()) | texts(), "visual.transformer.resblocks"),
         case("both", clip, lambda: dict(image=pixels()) | texts(), "transformer.resblocks"),
     ]
@@ -498,7 +507,7 @@ BETWEEN = {"scaled": lambda z: 2 * z + 1, "reversed": lambda z: z.flip(1), "aver
 
 def torch_cases():
     def case(family, name, build, shape=(2, 7, 32)):
-        return Case("torch", family, name, lambda: (build(), dict(src=noise(*shape))))
+        return Case("torch", "made up", family, name, lambda: (build(), dict(src=noise(*shape))))
     def encoder(**how):
         return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, **how), 3, enable_nested_tensor=False)
     def blocks(*how): return [Block(*how) for _ in range(3)]
@@ -518,7 +527,8 @@ def torch_cases():
 def zoo():
     "All cases, in the order of the tables"
     cases = [timm_case(*how, name) for *how, names in TIMM for name in names.split()]
-    cases += [Case("timm", "naflexvit", "naflexvit_base_patch16_gap, ragged", ragged)]
+    cases += [Case("timm", "pictures", "naflexvit", "naflexvit_base_patch16_gap, ragged", ragged),
+              Case("timm", "pictures", "vision_transformer", "vit_tiny_patch16_224, not square", wide)]
     cases += [transformers_case(*how, name) for *how, names in TRANSFORMERS for name in names.split()]
     return cases + open_clip_cases() + torch_cases()
 
@@ -534,10 +544,11 @@ def shaken(build):
     with torch.no_grad(): call(model, inputs)
     return model, inputs
 
+def given(**what): return {k: v for k, v in what.items() if v is not None}
 def late(*_): raise TimeoutError(f"more than {SECONDS} s")
 
 def record(index):
-    "What became of a case of the zoo, and the seconds it took"
+    "What became of a case of the zoo, and the seconds it took. Changes the process: run it in one of its own"
     case, start = zoo()[index], time.perf_counter()
     torch.set_num_threads(1), torch.set_default_dtype(torch.float64), warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, late), signal.alarm(SECONDS)
@@ -547,8 +558,53 @@ def record(index):
         said = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         found, mixing = dict.fromkeys(("exact", "diagonal"), ("not built", None, said)), None
     finally: signal.alarm(0)
-    told = {mode: dict(zip(("outcome", "error", "message"), what)) for mode, what in found.items()}
-    return dict(**case.names, **told, mixes=mixing), time.perf_counter() - start
+    told = {mode: given(outcome=outcome, error=off, message=said) for mode, (outcome, off, said) in found.items()}
+    return given(**case.names, **told, mixes=mixing), time.perf_counter() - start
+
+# --- what the README says of it ----------------------------------------------------------------------------------
+
+REASONS = { # words of a refusal, what it means
+    "sinks|caps its": "attention with sinks or capped scores, which the fused call does not have",
+    "imports the fused call": "the fused call imported by name, past the tap",
+    "made no fused": "attention that is not PyTorch's fused call: written out, linear, recurrent",
+    "several lists": "several lists of blocks (stages, encoder and decoder, a whole CLIP): pass one as `blocks=`",
+    "no list": "no list of blocks that are alike and hold attention: pass the blocks, or there are none",
+    "no tokens|one shape|attention of shape|should be images": "tokens that are merged, windowed, or not [B, N, D]",
+    "called attention": "several attentions in one block (cross-attention, parallel attention)",
+    "stands between": "something between two blocks (a norm, scale or convolution)",
+    "other than its tokens": "keys, values or states that pass from block to block beside the tokens",
+    "several times|did not run": "blocks that share weights or do not run",
+    "is random": "a random forward pass, also in `eval()`",
+    "dropout": "attention dropout",
+}
+WHERE = {("timm", "pictures"): "timm, vision", ("open_clip", "pictures"): "open_clip, vision",
+         ("open_clip", "text"): "open_clip, text", ("transformers", "pictures"): "transformers, vision and video",
+         ("transformers", "sound"): "transformers, sound", ("transformers", "text"): "transformers, language"}
+
+def why(message): return next(reason for words, reason in REASONS.items() if re.search(words, message))
+
+def works(cases):
+    "Markdown tables of a record's cases: how many are right, and why the others are refused"
+    real = [c for c in cases if (c["library"], c["kind"]) in WHERE]
+    columns = "models", "tried", "types", "exact and diagonal right", "exact right, diagonal refused", "refused"
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for where, title in WHERE.items():
+        some = [c for c in real if (c["library"], c["kind"]) == where]
+        n = Counter((c["exact"]["outcome"], c["diagonal"]["outcome"]) for c in some)
+        right, exact, refused = n["correct", "correct"], n["correct", "refused"], n["refused", "refused"]
+        assert right + exact + refused == len(some), f"{title}: wrong maps or crashes {dict(n)}"
+        rows.append(f"| {title} | {len(some)} | {len({c['family'] for c in some})} | {right} | {exact} | {refused} |")
+    reasons = {}
+    for c in real:
+        if c["exact"]["outcome"] == "refused": reasons.setdefault(why(c["exact"]["message"]), []).append(c["family"])
+    rows += ["", "| refused | models | among them |", "|---|---|---|"]
+    for reason, families in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        rows.append(f"| {reason} | {len(families)} | {', '.join(list(dict.fromkeys(families))[:6])} |")
+    return "\n".join(rows)
+
+def sweep(cases, jobs):
+    "`record` of each case, in order, in processes that are replaced now and then"
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=20) as pool: yield from pool.imap(record, cases)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -557,16 +613,18 @@ def main():
     parser.add_argument("--out", help="JSON file for the record")
     args, start, records = parser.parse_args(), time.perf_counter(), []
     cases = [i for i, c in enumerate(zoo()) if re.search(args.only, f"{c.library}/{c.family}/{c.name}")]
-    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=20) as pool:
-        for r, seconds in pool.imap(record, cases):
-            records.append(r)
-            told = [" ".join(str(v) for v in r[mode].values() if v is not None) for mode in ("exact", "diagonal")]
-            name = f"{r['library']}/{r['family']}/{r['name']}"
-            print(name, *told, f"mixes={r['mixes']}", f"{seconds:.1f} s", sep=" | ", flush=True)
+    for r, seconds in sweep(cases, args.jobs):
+        records.append(r)
+        told = [" ".join(map(str, r[mode].values())) for mode in ("exact", "diagonal")]
+        name = f"{r['library']}/{r['family']}/{r['name']}"
+        print(name, *told, f"mixes={r.get('mixes')}", f"{seconds:.1f} s", sep=" | ", flush=True)
     n = {mode: dict(sorted(Counter(r[mode]["outcome"] for r in records).items())) for mode in ("exact", "diagonal")}
+    print(works(records))
     print(f"{len(records)} models in {(time.perf_counter() - start) / 60:.1f} minutes: {n}")
     if args.out:
         versions = {m.__name__: m.__version__ for m in (open_clip, timm, torch, transformers)}
-        with open(args.out, "w") as f: json.dump(dict(versions=versions, n=n, cases=records), f, indent=1)
+        cases = ",\n  ".join(map(json.dumps, records)) # a line each
+        head = json.dumps(dict(versions=versions, n=n))[:-1]
+        Path(args.out).write_text(f'{head},\n "cases": [\n  {cases}]}}\n')
 
 if __name__ == "__main__": main()

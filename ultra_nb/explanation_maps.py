@@ -36,14 +36,11 @@ def scalar_function(scalar:str|Tensor|Callable, # see the table above
     return SCALARS[scalar]
 
 # %% ../nbs/05_explanation_maps.ipynb #c1728107
-def _check_finite(z):
-    if not z.isfinite().all(): raise ValueError("the latents contain NaN or infinity; check the inputs and the model's weights")
-
 def cotangents(scalar:str|Tensor|Callable, # see the table above
                z:Tensor # latent tokens $z^{(l)}$ [B, N, D]
               ) -> Tensor: # $\nabla f(z_i)$ at every token [B, N, D]
     "The gradient each target starts from. Raises ValueError for latents that are not finite, and where f gives another shape, no gradient, or mixes tokens"
-    _check_finite(z)
+    if not z.isfinite().all(): raise ValueError("the latents contain NaN or infinity; check the inputs and the model's weights")
     z = z.detach().requires_grad_()
     with torch.enable_grad(): f = scalar_function(scalar, z.shape[1:])(z)
     if f.shape != z.shape[:2]: raise ValueError(f"the scalar gives shape {list(f.shape)} for z {list(z.shape)}; it must give one number per token, {list(z.shape[:2])}")
@@ -64,13 +61,12 @@ def _pulled(taped, cot, wanted, diagonal, batched):
         out = taped(z)
         A = own_attention(tap.attention, z, taped.block)
         if differs(taped, out.detach()): raise ValueError(RANDOM)
-        cot = cot(out.detach()) if callable(cot) else cot
         grads = torch.autograd.grad(out, (A, z)[:wanted], cot.to(out), is_grads_batched=batched, allow_unused=True)
     if grads[0] is None: raise ValueError(f"{type(taped.block).__name__}: {DETACHED}")
     return A.detach(), *(z.new_zeros(cot.shape[:-3] + z.shape) if g is None else g for g in grads)
 
 def pulled(taped:Taped, # a block with its input
-           cot:Tensor|Callable, # of the block's output [B, N, D], a batch of them [C, B, N, D], or a function of the output
+           cot:Tensor, # cotangents of the block's output [B, N, D], or a batch of them [C, B, N, D]
            wanted:int=2, # 1: the gradient of A alone
            diagonal:bool=False, # of `attention_tap`
            batched:bool=False # is `cot` a batch?
@@ -104,9 +100,9 @@ def _exact_rows(notes, g, tokens, order):
 
 # %% ../nbs/05_explanation_maps.ipynb #f5874757
 def _diagonal_rows(notes, cot):
-    "Relevance rows [B, N, N] of all targets; cot makes the cotangents from the last block's output"
-    B, N, _ = notes[0].z.shape
-    row = torch.eye(N, dtype=_wide(notes[0].z), device=notes[0].z.device).expand(B, -1, -1)
+    "Relevance rows [B, N, N] of all targets, whose cotangents are one field [B, N, D]"
+    B, N, _ = cot.shape
+    row = torch.eye(N, dtype=_wide(cot), device=cot.device).expand(B, -1, -1)
     for taped in reversed(notes):
         A, dA, *dz = pulled(taped, cot, 1 if taped is notes[0] else 2, diagonal=True)
         row, cot = row + row.diagonal(dim1=-2, dim2=-1)[..., None] * contribution(A, dA), dz[0] if dz else None
@@ -140,18 +136,21 @@ def _half(B, N, device):
 BREAKS = dict(between="does not read just what the block before puts out: something stands between them (a norm, scale, projection, convolution or skip)",
               beside="reads what an earlier block computed, other than its tokens (shared keys and values, a skip connection)")
 
-def _chain(model, notes, inputs):
+def _chain(model, notes, layer, inputs):
     "`broken_at`, once a block has shown its attention: some attention cannot even be run with gradients"
-    _latents(notes[-1])
-    return broken_at(model, notes, inputs)
+    with torch.no_grad(), attention_tap() as tap: notes[0](notes[0].z)
+    own_attention(tap.attention, notes[0].z, notes[0].block)
+    return broken_at(model, notes[:layer], inputs)
 
-def _check_chain(model, inputs, notes):
-    "ValueError where running blocks one by one would miss a part of the gradient"
+def _check_chain(model, notes, layer, inputs):
+    "ValueError where running the blocks below `layer` one by one would miss a part of the gradient"
     names = tuple(inputs) if isinstance(inputs, dict) else ()
-    question = "chain", tuple(id(t.block) for t in notes), names, notes[0].z.shape[1].bit_length()
-    if broken := _remembered(notes[0].block, question, lambda: _chain(model, notes, inputs)):
-        b, how = broken
-        raise ValueError(f"block {b} {BREAKS[how]}, whose gradient a map would miss; layers up to {b} can be explained")
+    question = "chain", layer, tuple(id(t.block) for t in notes), names, notes[0].z.shape[1].bit_length()
+    broken = _remembered(notes[0].block, question, lambda: _chain(model, notes, layer, inputs))
+    if broken in (None, (layer, "beside")): return
+    b, how = broken
+    last = b - (how == "between")
+    raise ValueError(f"block {b} {BREAKS[how]}, whose gradient a map would miss" + (f"; layers up to {last} can be explained" if last > 1 else ""))
 
 def _check_images(taped):
     "ValueError where images mix, which is how tokens that come first, not images, look"
@@ -182,16 +181,25 @@ def _check_model(model, inputs):
     if not isinstance(inputs, (Tensor, dict)): raise ValueError(f"inputs must be a tensor [B, C, H, W] or a dict of model inputs, not {type(inputs).__name__}")
     if any(p.is_inference() for p in model.parameters()): raise ValueError("the model was built under torch.inference_mode, where its parameters cannot take part in gradients: build it outside")
 
-def _chunk(A, D):
+def _chunk(taped):
     "Targets per vector-Jacobian product: their largest tensor stays near 32 MB (fits caches), on a GPU near a hundredth of its memory. Depends on the machine and the shapes alone"
+    with torch.no_grad(), attention_tap() as tap: z = taped(taped.z)
+    A = own_attention(tap.attention, z, taped.block)
     B, H, N, _ = A.shape
     budget = torch.cuda.get_device_properties(A.device).total_memory // 100 if A.is_cuda else 2**25
-    return max(1, budget // (A.element_size() * B * N * max(H * N, 4 * D)))
+    return max(1, budget // (A.element_size() * B * N * max(H * N, 4 * z.shape[-1])))
 
-def _latents(taped):
-    "The output of a taped block, and how many targets to pull back at once; its attention is let go"
-    with torch.no_grad(), attention_tap() as tap: z = taped(taped.z)
-    return z, _chunk(own_attention(tap.attention, z, taped.block), z.shape[-1])
+def _whole_tape(model, inputs, blocks, layer):
+    "The model, the tape of all its blocks, and the layer as a number"
+    if isinstance(model, Backbone): model, blocks = model.model, blocks or model.blocks
+    _check_model(model, inputs)
+    blocks = list(find_blocks(model) if blocks is None else blocks)
+    layer = layer_of(layer, len(blocks))
+    return model, tape(model, blocks, inputs), layer
+
+def _latents(notes, layer):
+    "$z^{(l)}$: what enters block l, or leaves the last one"
+    return notes[layer - 1].z if layer <= len(notes) else notes[-1].after
 
 def below(model:nn.Module|Backbone, # as in `explain`
           inputs:Tensor|dict, # as in `explain`
@@ -199,11 +207,8 @@ def below(model:nn.Module|Backbone, # as in `explain`
           layer:int|None=None # the paper's l, 2 to L+1; None = L+1
          ) -> list[Taped]: # l - 1 of them, first block first
     "The tape of the blocks below $z^{(l)}$. Raises ValueError for inputs, blocks or a layer that cannot work"
-    if isinstance(model, Backbone): model, blocks = model.model, blocks or model.blocks
-    _check_model(model, inputs)
-    blocks = list(find_blocks(model) if blocks is None else blocks)
-    layer = layer_of(layer, len(blocks))
-    return tape(model, blocks, inputs)[:layer - 1]
+    _, notes, layer = _whole_tape(model, inputs, blocks, layer)
+    return notes[:layer - 1]
 
 # %% ../nbs/05_explanation_maps.ipynb #fa1715d5
 @gradients()
@@ -222,16 +227,14 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
     if mode not in ("exact", "diagonal"): raise ValueError(f"mode={mode!r}: choose 'exact' or 'diagonal'")
     if mode == "diagonal" and order == "paper": raise ValueError("order='paper' needs mode='exact'")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}: it must be at least 1")
-    notes = below(model, inputs, blocks, layer)
-    tokens = _targets(tokens, notes[0].z.shape[1])
-    _check_finite(notes[-1].after)
-    _check_chain(model.model if isinstance(model, Backbone) else model, inputs, notes)
-    for taped in notes: (_check_positions if mode == "diagonal" else _check_images)(taped)
-    if mode == "diagonal": return _diagonal_rows(notes, lambda z: cotangents(scalar, z))[:, tokens]
-    z, fitting = _latents(notes[-1])
-    g = cotangents(scalar, z)
-    chunks = tokens.split(chunk or fitting)
-    return torch.cat([_exact_rows(notes, g, c, order) for c in chunks]).transpose(0, 1).contiguous()
+    model, notes, layer = _whole_tape(model, inputs, blocks, layer)
+    z, tokens = _latents(notes, layer), _targets(tokens, notes[0].z.shape[1])
+    g, below_z = cotangents(scalar, z), notes[:layer - 1]
+    _check_chain(model, notes, layer, inputs)
+    for taped in below_z: (_check_positions if mode == "diagonal" else _check_images)(taped)
+    if mode == "diagonal": return _diagonal_rows(below_z, g)[:, tokens]
+    chunks = tokens.split(chunk or _chunk(below_z[-1]))
+    return torch.cat([_exact_rows(below_z, g, c, order) for c in chunks]).transpose(0, 1).contiguous()
 
 # %% ../nbs/05_explanation_maps.ipynb #3a144997
 @torch.no_grad()
@@ -240,8 +243,9 @@ def latents(model:nn.Module|Backbone, # as in `explain`
             blocks:Sequence[nn.Module]|None=None, # as in `explain`
             layer:int|None=None # the paper's l, 2 to L+1; None = L+1, after the last block
            ) -> Tensor: # [B, N, D]
-    "Latent tokens $z^{(l)}$, the residual stream before block l. Raises ValueError as `explain` does"
-    return _latents(below(model, inputs, blocks, layer)[-1])[0]
+    "Latent tokens $z^{(l)}$, the residual stream before block l. Raises ValueError as `below` does"
+    _, notes, layer = _whole_tape(model, inputs, blocks, layer)
+    return _latents(notes, layer)
 
 # %% ../nbs/05_explanation_maps.ipynb #473dc976
 def suppress_self(maps:Tensor, # from `explain` [.., T, N]

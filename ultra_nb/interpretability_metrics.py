@@ -26,7 +26,7 @@ from .records import Result, measure, with_intervals
 # %% ../nbs/08_interpretability_metrics.ipynb #bc45940e
 def _own_rows(taped):
     "A and the gradient of every token's f_s(z) with respect to its own row of A [B, H, N, N]"
-    return pulled(taped, torch.ones_like, wanted=1)
+    return pulled(taped, torch.ones_like(taped.z), wanted=1)
 
 def image_seed(x:Tensor, # an image [C, H, W], or several [B, C, H, W]
                seed:int=0) -> int:

@@ -318,7 +318,7 @@ def _passes_on(z, leaf):
     return grad is not None and torch.allclose(grad.to(r), r, rtol=1e-6, atol=1e-6)
 
 def broken_at(model:nn.Module, # any transformer
-              notes:list[Taped], # of `tape`
+              notes:list[Taped], # of `tape`, the first blocks of it or all
               inputs:Tensor|dict # that it was taped with
              ) -> tuple[int, str]|None: # the first block, 2..L, that breaks the chain and how; None: it is a chain
     "Where something stands between two blocks, or a block reads what earlier blocks computed by another road"
@@ -350,7 +350,7 @@ def _why_none(block):
     kind = next(filter(None, (getattr(getattr(m, "config", None), "_attn_implementation", None) for m in modules)), None)
     if kind and any(getattr(c, "_supports_sdpa", False) for c in home(block) if isinstance(c, type)) and kind != "sdpa":
         return f"it was loaded with {kind} attention: load it with attn_implementation='sdpa'"
-    own = next((type(m).__name__ for n, m in block.named_modules() if n and _is_attention(n.rpartition(".")[2], m)), "it")
+    own = next((type(m).__name__ for m in modules[1:] if _is_attention("", m)), "it")
     return f"{own} attends in its own way (written out, with biases of its own, flex, linear, recurrent, ..): not supported"
 
 def own_attention(attention:list, # what a tap recorded
