@@ -20,14 +20,11 @@ def copy(tmp_path_factory):
     for file in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / file, copy)
     return copy
 
-OLD = {"01_models"} # notebooks whose saved outputs are known to be old
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs_and_its_outputs_are_current(path, copy):
     "Top to bottom in a fresh kernel; cells that settings.ini's flags leave out do not run and are not compared"
     old = stale(nbformat.read(path, as_version=4), run_notebook(path, copy))
-    if path.stem in OLD: assert old, f"{path.name} is current: take it out of OLD"
-    else: assert not old, "\n".join([f"{path.name}: run it again and save it, or look why", *old])
+    assert not old, "\n".join([f"{path.name}: run it again and save it, or look why", *old])
 
 def test_what_makes_an_output_stale():
     "The gate itself: what it lets through and what it does not"
@@ -80,8 +77,11 @@ def test_run_time_needs_no_development_package():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"nbdev", "fastcore", "execnb", "IPython"} & {n.split(".")[0] for n in names}, (path.name, names)
 
-ALLOWED = dict(preliminaries="", models="", data="", records="", figures="", explanation_maps="preliminaries models", segmentation="explanation_maps",
-               self_consistency="explanation_maps segmentation records", interpretability_metrics="explanation_maps models preliminaries records", evaluation="data models explanation_maps segmentation records",
+ALLOWED = dict(preliminaries="", models="preliminaries", data="", records="", figures="",
+               explanation_maps="preliminaries models", segmentation="explanation_maps",
+               self_consistency="explanation_maps segmentation records",
+               interpretability_metrics="explanation_maps models preliminaries records",
+               evaluation="data models explanation_maps segmentation records",
                summarization="explanation_maps models data records figures",
                explorer="*", reproduction="*", cli="*")
 

@@ -18,18 +18,15 @@ import torch
 from scipy.integrate import trapezoid
 from scipy.stats import spearmanr
 from torch import Tensor
-from .explanation_maps import below, explain, latents, minmax, own_attention, patch_of, suppress_self, upsample
+from .explanation_maps import below, explain, latents, minmax, patch_of, pulled, suppress_self, upsample
 from .models import Backbone
-from .preliminaries import attention_rollout, attention_tap
+from .preliminaries import attention_rollout, attention_tap, gradients, own_attention
 from .records import Result, measure, with_intervals
 
 # %% ../nbs/08_interpretability_metrics.ipynb #bc45940e
 def _own_rows(taped):
     "A and the gradient of every token's f_s(z) with respect to its own row of A [B, H, N, N]"
-    with torch.enable_grad(), attention_tap() as tap: z = taped(taped.z.detach().requires_grad_())
-    A = own_attention(tap.attention, z)
-    grad, = torch.autograd.grad(z.sum(), A)
-    return A.detach(), grad
+    return pulled(taped, torch.ones_like(taped.z), wanted=1)
 
 def image_seed(x:Tensor, # an image [C, H, W], or several [B, C, H, W]
                seed:int=0) -> int:
@@ -44,17 +41,19 @@ def attention_rows(backbone:Backbone, inputs:Tensor, layer:int, tokens:Sequence[
     "Mean attention of the last block below `layer`"
     top = below(backbone, inputs, layer=layer)[-1]
     with torch.no_grad(), attention_tap() as tap: z = top(top.z)
-    return own_attention(tap.attention, z).mean(1)[:, tokens]
+    return own_attention(tap.attention, z, top.block).mean(1)[:, tokens]
 
 def rollout_rows(backbone:Backbone, inputs:Tensor, layer:int, tokens:Sequence[int]) -> Tensor: # [B, T, N]
     "Attention rollout of the blocks below `layer`"
-    return attention_rollout(backbone.model, inputs, layer)[:, tokens]
+    return attention_rollout(backbone.model, inputs, layer, backbone.blocks)[:, tokens]
 
+@gradients()
 def gradient_attention_rows(backbone:Backbone, inputs:Tensor, layer:int, tokens:Sequence[int]) -> Tensor: # [B, T, N]
     "Gradient times attention of the last block below `layer`"
     A, grad = _own_rows(below(backbone, inputs, layer=layer)[-1])
     return (grad.relu() * A).mean(1)[:, tokens]
 
+@gradients()
 def legrad_rows(backbone:Backbone, inputs:Tensor, layer:int, tokens:Sequence[int]) -> Tensor: # [B, T, N]
     "LeGrad's sum over layers, for every token"
     return sum(_own_rows(taped)[1].relu().mean(1) for taped in below(backbone, inputs, layer=layer))[:, tokens]
