@@ -396,7 +396,8 @@ def class_logit_maps(backbone:Backbone, # a classifier, or a CLIP with its text 
     head = (lambda out: out) if names is None else _zero_shot(backbone, names)
     def method(case):
         with torch.no_grad(): likely = head(backbone.model(case.inputs))[0].argsort(descending=True)[:case.segments]
-        maps = class_map(backbone.model, case.inputs.expand(len(likely), -1, -1, -1), lambda out: head(out)[range(len(likely)), likely], backbone.prefix)
+        inputs, logits = case.inputs.expand(len(likely), -1, -1, -1), lambda out: head(out)[range(len(likely)), likely]
+        maps = class_map(backbone.model, inputs, logits, backbone.prefix, blocks=backbone.blocks)
         return upsample(minmax(maps), backbone.grid, case.size).argmax(0).cpu().numpy()
     return method
 
