@@ -471,9 +471,8 @@ def answer_once(connection, seen=[]):
     else: time.sleep(60)
 
 def answer_in_drips(connection):
-    "Answers, and then a byte now and then"
-    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Repo-Commit: 0123456789012345678901234567890123456789\r\nETag: \"1\"\r\nContent-Length: 1000000\r\n\r\n")
-    for _ in range(200): time.sleep(.3), connection.sendall(b" ")
+    "The head of an answer, a byte now and then"
+    for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"." * 1000: connection.sendall(bytes([byte])), time.sleep(.2)
 
 @contextlib.contextmanager
 def hub(answer):
