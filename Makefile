@@ -1,5 +1,5 @@
 # make reproduce: environment, then every table and figure of the paper on the embedded default, and the report: report/index.html
-# make test:      environment, then all tests
+# make test:      environment, then all tests, two at a time with one torch thread each
 # make docs:      environment, then the notebooks as a site to read, in _site/ (no Quarto, no network)
 # make zoo:       environment, then `explain` on some five hundred small models against a reference of its own (6 minutes)
 # Python 3.11, 3.12 or 3.13; another interpreter: make test PYTHON=python3.12
@@ -16,7 +16,7 @@ reproduce: environment
 	$(BIN)/ultra-nb reproduce all
 
 test: environment
-	$(BIN)/python -m pytest -q --durations=8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=8
 
 docs: environment
 	$(BIN)/python -W ignore docs/build.py _site
@@ -34,10 +34,12 @@ $(READY): requirements.lock settings.ini setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# README.md is rendered from nbs/index.ipynb; its links are turned to start from the top of the repository
+# README.md is rendered from nbs/index.ipynb without its hidden cells; its links are turned to start from the top
+# of the repository
 README := README.md
 readme:
-	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --RegexRemovePreprocessor.patterns='^#\| hide' \
+	  nbs/index.ipynb | \
 	  sed -E 's#\]\(([^:)]*\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' > $(README)
 
 clean:

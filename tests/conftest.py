@@ -1,14 +1,14 @@
 "What several test files share."
 import shutil
-from pathlib import Path
 import pytest
 
-ROOT = Path(__file__).parent.parent
+BROWSER = {"test_docs", "test_explorer", "test_report"} # one browser at a time
 
-@pytest.fixture(scope="session", autouse=True)
-def figures_before(tmp_path_factory):
-    "Copy of figures/ as it was when the tests started: running the notebooks draws them again"
-    return shutil.copytree(ROOT / "figures", tmp_path_factory.mktemp("figures") / "before")
+def pytest_collection_modifyitems(items):
+    "With two workers (make test): tests of a file share its fixtures and stay together; notebooks are shared out"
+    for item in items:
+        group = "browser" if item.path.stem in BROWSER else item.path.stem
+        if group != "test_project": item.add_marker(pytest.mark.xdist_group(group))
 
 @pytest.fixture(scope="session")
 def browser():

@@ -33,7 +33,10 @@ def test_result_and_record(whole):
     assert record["n"] == result["n"] == 10 and record["protocol"] == "image-hungarian"
     assert record["metrics"]["U.mIoU"] == result["metrics"]["ULTra_S"]["U.mIoU"]
     assert {"one cluster", "latent tokens", "rollout", "LeGrad", "class maps"} <= set(result["metrics"])
-    for m in result["metrics"].values(): assert 0 <= m["U.mIoU low"] <= m["U.mIoU"] + 1e-9 and m["U.ACC"] <= 100
+    rows = [json.loads(line)["counts"] for line in (whole / "rows.jsonl").read_text().splitlines()]
+    right, pixels = sum(np.max(r["one cluster"]) for r in rows), sum(np.sum(r["one cluster"]) for r in rows)
+    assert result["metrics"]["one cluster"]["U.ACC"] == 100 * right / pixels
+    for m in result["metrics"].values(): assert all(m[f"{k} low"] < m[k] < m[f"{k} high"] for k in ("U.mIoU", "U.ACC"))
 
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
     out = tmp_path / "killed"

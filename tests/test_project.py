@@ -1,33 +1,57 @@
 "The project as a whole: notebooks, library, README and shipped files agree."
-import ast, configparser, hashlib, json, os, re, subprocess, sys
+import ast, configparser, hashlib, io, json, re, shutil, subprocess, sys
+from base64 import b64encode
 from pathlib import Path
-import pytest
+import nbformat, pytest
+from PIL import Image
+from outputs import run as run_notebook, same, stale
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 BIN = Path(sys.executable).parent
 
-def run(*argv, **kwargs): return subprocess.run([str(a) for a in argv], cwd=ROOT, capture_output=True, text=True, **kwargs)
+def run(*argv, cwd=ROOT): return subprocess.run([str(a) for a in argv], cwd=cwd, capture_output=True, text=True)
 
-def cells(path): return json.loads(path.read_text())["cells"]
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory):
+    "A copy of what notebooks and nbdev write to: tests leave the project as it is and do not disturb each other"
+    copy = tmp_path_factory.mktemp("copy")
+    for part in ("nbs", "ultra_nb", "figures"): shutil.copytree(ROOT / part, copy / part)
+    for file in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / file, copy)
+    return copy
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path):
-    "Top to bottom in a fresh process, without the cells that settings.ini's flags skip"
-    done = run(BIN / "nbdev_test", "--path", path, "--n_workers", 0, env={**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"})
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_notebook_runs_and_its_outputs_are_current(path, copy):
+    "Top to bottom in a fresh kernel; cells that settings.ini's flags leave out do not run and are not compared"
+    old = stale(nbformat.read(path, as_version=4), run_notebook(path, copy))
+    assert not old, "\n".join([f"{path.name}: run it again and save it, or look why", *old])
 
-def snapshot(folder): return {p: p.read_bytes() for p in sorted((ROOT / folder).rglob("*")) if p.suffix in (".py", ".ipynb")}
+def test_what_makes_an_output_stale():
+    "The gate itself: what it lets through and what it does not"
+    def notebook(*lines, grey=0, source="x"):
+        Image.new("L", (4, 4), grey).save(png := io.BytesIO(), "PNG")
+        drawn = nbformat.v4.new_output("display_data", {"image/png": b64encode(png.getvalue()).decode()})
+        said = [nbformat.v4.new_output("stream", name="stdout", text="\n".join(lines)), drawn]
+        return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, outputs=said, id="a1")])
+    passes = {"a 12.34": "a 12.35", "1,234.5": "1,234.9", "89 %": "90 %", "at most 4e-15": "at most 2e-16",
+              "maps 0.5 s, 5 clusters": "maps 1.9 s, 5 clusters", "peak 1.30 MB": "peak 1.4 MB"}
+    does_not = {"a 12.34": "a 12.36", "8 images": "9 images", "1,234": "1,235", "89 %": "91 %", "-0.3": "0.3",
+                "a 1": "b 1", "0.5 s, 5 clusters": "0.5 s, 6 clusters", "sha256 99c5": "sha256 99c6", "a": None}
+    assert all(same(*pair) for pair in passes.items()) and not any(same(*pair) for pair in does_not.items())
+    assert stale(notebook("a", "b 1"), notebook("a", "b 2")) == ["cell 0 (a1), 'x':", "  saved: b 1\n  now:   b 2"]
+    assert stale(notebook(), notebook(grey=9)) == ["cell 0 (a1), 'x':", "  1 of its pictures show something else"]
+    assert stale(notebook("a", source="#| slow\nx"), notebook("b", source="#| slow\nx")) == []
 
-def test_library_is_exported_from_the_notebooks():
-    before = snapshot("ultra_nb")
-    assert run(BIN / "nbdev_export").returncode == 0
-    assert snapshot("ultra_nb") == before, "run nbdev_export and commit ultra_nb/"
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".py", ".ipynb")}
 
-def test_notebooks_are_clean():
-    before = snapshot("nbs")
-    assert run(BIN / "nbdev_clean").returncode == 0
-    assert snapshot("nbs") == before, "run nbdev_clean and commit nbs/"
+def test_library_is_exported_from_the_notebooks(copy):
+    assert run(BIN / "nbdev_export", cwd=copy).returncode == 0
+    assert files(copy / "ultra_nb") == files(ROOT / "ultra_nb"), "run nbdev_export and commit ultra_nb/"
+
+def test_notebooks_are_clean(copy):
+    assert run(BIN / "nbdev_clean", cwd=copy).returncode == 0
+    assert files(copy / "nbs") == files(ROOT / "nbs"), "run nbdev_clean and commit nbs/"
 
 def test_readme_is_rendered_from_the_index(tmp_path):
     assert run("make", "-s", "readme", f"BIN={BIN}", f"README={tmp_path / 'README.md'}").returncode == 0
@@ -53,8 +77,11 @@ def test_run_time_needs_no_development_package():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"nbdev", "fastcore", "execnb", "IPython"} & {n.split(".")[0] for n in names}, (path.name, names)
 
-ALLOWED = dict(preliminaries="", models="", data="", records="", figures="", explanation_maps="preliminaries models", segmentation="explanation_maps",
-               self_consistency="explanation_maps segmentation records", interpretability_metrics="explanation_maps models preliminaries records", evaluation="data models explanation_maps segmentation records",
+ALLOWED = dict(preliminaries="", models="preliminaries", data="", records="", figures="",
+               explanation_maps="preliminaries models", segmentation="explanation_maps",
+               self_consistency="explanation_maps segmentation records",
+               interpretability_metrics="explanation_maps models preliminaries records",
+               evaluation="data models explanation_maps segmentation records",
                summarization="explanation_maps models data records figures",
                explorer="*", reproduction="*", cli="*")
 

@@ -84,6 +84,11 @@ def _wide(t):
     "The type relevance rows are summed in: float32, or float64 for a float64 model"
     return torch.promote_types(t.dtype, torch.float32)
 
+def _step(taped, cot, first, **how):
+    "G of a block, and the cotangents of its input, for which the first block is not asked. Lets A and its gradient go"
+    A, dA, *dz = pulled(taped, cot, 1 if first else 2, **how)
+    return contribution(A, dA), dz[0] if dz else None
+
 def _exact_rows(notes, g, tokens, order):
     "Relevance rows [C, B, N] of a chunk of targets"
     (B, N, D), c = g.shape, range(len(tokens))
@@ -92,8 +97,7 @@ def _exact_rows(notes, g, tokens, order):
     cot[c, :, tokens] = g[:, tokens].transpose(0, 1)
     Gs = []
     for taped in reversed(notes):
-        A, dA, *dz = pulled(taped, cot, 1 if taped is notes[0] else 2, batched=True)
-        G, cot = contribution(A, dA), dz[0] if dz else None
+        G, cot = _step(taped, cot, taped is notes[0], batched=True)
         if order == "rollout": row = row_product(row, [G.to(row)])
         else: Gs.insert(0, G.to(row))
     return row_product(row, Gs, order)
@@ -104,8 +108,8 @@ def _diagonal_rows(notes, cot):
     B, N, _ = cot.shape
     row = torch.eye(N, dtype=_wide(cot), device=cot.device).expand(B, -1, -1)
     for taped in reversed(notes):
-        A, dA, *dz = pulled(taped, cot, 1 if taped is notes[0] else 2, diagonal=True)
-        row, cot = row + row.diagonal(dim1=-2, dim2=-1)[..., None] * contribution(A, dA), dz[0] if dz else None
+        G, cot = _step(taped, cot, taped is notes[0], diagonal=True)
+        row = row + row.diagonal(dim1=-2, dim2=-1)[..., None] * G
     return row
 
 # %% ../nbs/05_explanation_maps.ipynb #4129362a
@@ -124,7 +128,7 @@ def stays(taped:Taped, # a block with its input
     "Does a gradient that starts at some positions of a block's output stay there, in the rows of A and in the input?"
     cot = torch.randn(taped.z.shape, generator=torch.Generator().manual_seed(0)).to(taped.z) * inside[..., None]
     _, dA, dz = pulled(taped, cot, diagonal=diagonal)
-    sizes = dA.abs().amax((1, 3)), dz.abs().amax(-1) # [B, N] each
+    sizes = torch.linalg.vector_norm(dA, torch.inf, (1, 3)), torch.linalg.vector_norm(dz, torch.inf, -1) # [B, N] each
     return all((s[~inside].max() <= 1e-6 * s.max()).item() for s in sizes)
 
 def _half(B, N, device):

@@ -6,7 +6,7 @@
 __all__ = ['EXPLAINERS', 'IGNORE', 'SIGNS', 'KINDS', 'image_seed', 'random_rows', 'attention_rows', 'rollout_rows',
            'gradient_attention_rows', 'legrad_rows', 'ultra_rows', 'patch_maps', 'object_masks', 'patch_classes',
            'ious', 'itious', 'itiou', 'pointing', 'ranked', 'chosen_patches', 'perturb', 'perturbation_distance',
-           'area', 'tied', 'perturbation_row', 'perturbation_test', 'itiou_row', 'class_mean', 'itiou_test',
+           'area', 'tied', 'perturbation_row', 'perturbation_test', 'itiou_row', 'class_mean', 'itiou_test', 'paired',
            'randomised', 'rank_correlation']
 
 # %% ../nbs/08_interpretability_metrics.ipynb #e20fb8d3
@@ -219,6 +219,15 @@ def perturbation_row(backbone:Backbone, x:Tensor, # an image [1, 3, H, W]
         row["tied"][name] = max(tied(maps, tokens - backbone.prefix, share) for share in shares)
     return row
 
+def _curves(rows, method):
+    "Distances of a method by kind and sign, a curve per image [n, m]"
+    return {key: np.array([r["distances"][method][key] for r in rows]) for key in rows[0]["distances"][method]}
+
+def _moves(rows, method, shares):
+    "Areas of those curves and their differences, one per image [n]"
+    areas = {key: area(heights, shares) for key, heights in _curves(rows, method).items()}
+    return areas | {f"{kind} difference": areas[f"{kind}-positive"] - areas[f"{kind}-negative"] for kind in KINDS}
+
 def _vision(backbone, layer):
     "The layer as a number; ValueError for a model without patches"
     if backbone.grid is None: raise ValueError(f"{backbone.name or 'this model'} is a language model: it has no patches to measure")
@@ -242,14 +251,10 @@ def perturbation_test(backbone:Backbone, # a vision backbone
         if not 0 < share <= 1: raise ValueError(f"share={share}: it must be above 0 and at most 1")
         if not round(share * others): raise ValueError(f"share={share} of {others} patches is none to perturb: take at least {1 / others:.2g}")
     def metrics(rows):
-        found, curves = {}, {}
-        for name in methods:
-            curve = {key: np.array([r["distances"][name][key] for r in rows]) for key in rows[0]["distances"][name]}
-            areas = {key: area(heights, shares) for key, heights in curve.items()}
-            for kind in KINDS: areas[f"{kind} difference"] = areas[f"{kind}-positive"] - areas[f"{kind}-negative"]
-            found[name] = with_intervals(areas, seed)
-            curves[name] = {key: heights.mean(0).tolist() for key, heights in curve.items()}
-        return found, dict(curves=curves, tokens=k * len(rows)) | {count: {name: sum(r[count][name] for r in rows) for name in methods} for count in ("constant", "tied")}
+        found = {m: with_intervals(_moves(rows, m, shares), seed) for m in methods}
+        curves = {m: {key: heights.mean(0).tolist() for key, heights in _curves(rows, m).items()} for m in methods}
+        counts = {count: {m: sum(r[count][m] for r in rows) for m in methods} for count in ("constant", "tied")}
+        return found, dict(curves=curves, tokens=k * len(rows)) | counts
     work = lambda sample: perturbation_row(backbone, backbone.inputs(sample.image), methods, layer, shares, k, seed)
     return measure(backbone, dataset, work, metrics, dict(test="perturbation", methods=list(methods), shares=shares, layer=layer, k=k, seed=seed), out, resume, limit)
 
@@ -276,6 +281,18 @@ def class_mean(by_class:dict, # class to numbers
     kept = [v for c, v in by_class.items() if classes is None or int(c) in classes]
     return np.mean(kept, 0) if kept else np.full(np.shape(next(iter(by_class.values()), ())), np.nan)
 
+def _counted(rows, classes):
+    "The images that have a class that owns a patch, among some classes. Raises ValueError where none has"
+    found = [r for r in rows if any(classes is None or int(c) in classes for c in next(iter(r["pointing"].values())))]
+    if not found: raise ValueError("no image has a class that owns a patch: ITIoU needs masks")
+    return found
+
+def _overlaps(rows, method, taus, classes):
+    "ITIoU at each threshold, pointing and chance of a method, one per image that counts [n]"
+    names = ["ITIoU"] if len(taus) == 1 else [f"ITIoU {tau:g}" for tau in taus]
+    both = lambda r: [*class_mean(r["ITIoU"][method], classes), *class_mean(r["pointing"][method], classes)]
+    return dict(zip([*names, "pointing", "chance"], np.transpose([both(r) for r in _counted(rows, classes)])))
+
 def itiou_test(backbone:Backbone, # a vision backbone
                dataset, # from `open_data`
                methods:dict|None=None, # name to explainer; None = ULTra_S in diagonal mode
@@ -289,17 +306,24 @@ def itiou_test(backbone:Backbone, # a vision backbone
     layer, methods, taus = _vision(backbone, layer), methods or {"ULTra_S diagonal": ultra_rows(mode="diagonal")}, list(taus)
     for tau in taus:
         if not 0 <= tau <= 1: raise ValueError(f"tau={tau}: it must be in 0..1")
-    names = ["ITIoU"] if len(taus) == 1 else [f"ITIoU {tau:g}" for tau in taus]
     def metrics(rows):
-        counted = [r for r in rows if any(classes is None or int(c) in classes for c in r["pointing"][next(iter(methods))])]
-        if not counted: raise ValueError("no image has a class that owns a patch: ITIoU needs masks")
-        found = {}
-        for method in methods:
-            values = np.array([[*class_mean(r["ITIoU"][method], classes), *class_mean(r["pointing"][method], classes)] for r in counted])
-            found[method] = with_intervals(dict(zip([*names, "pointing", "chance"], values.T)), seed)
-        return found, dict(counted=len(counted), void_tokens=sum(r["void_tokens"] for r in rows), classes_without_token=sum(len(r["classes_without_token"]) for r in rows), constant={m: sum(r["constant"][m] for r in rows) for m in methods})
+        found = {m: with_intervals(_overlaps(rows, m, taus, classes), seed) for m in methods}
+        lost = dict(void_tokens=sum(r["void_tokens"] for r in rows),
+                    classes_without_token=sum(len(r["classes_without_token"]) for r in rows))
+        constant = {m: sum(r["constant"][m] for r in rows) for m in methods}
+        return found, dict(counted=len(_counted(rows, classes)), **lost, constant=constant)
     work = lambda sample: itiou_row(backbone, sample, methods, layer, taus)
     return measure(backbone, dataset, work, metrics, dict(test="itiou", methods=list(methods), taus=taus, layer=layer, classes=classes, seed=seed), out, resume, limit)
+
+# %% ../nbs/08_interpretability_metrics.ipynb #b18141b1
+def paired(result:Result, # of `perturbation_test` or `itiou_test`
+           a:str, b:str # methods
+          ) -> dict: # each metric, "metric low", "metric high"
+    "How far the metrics of method a are above those of method b, image by image, with 95 % intervals"
+    s = result.settings
+    if s["test"] == "perturbation": ours, theirs = (_moves(result.rows, m, s["shares"]) for m in (a, b))
+    else: ours, theirs = (_overlaps(result.rows, m, s["taus"], s["classes"]) for m in (a, b))
+    return with_intervals({name: ours[name] - theirs[name] for name in ours}, s["seed"])
 
 # %% ../nbs/08_interpretability_metrics.ipynb #f8a044d2
 def randomised(backbone:Backbone, blocks:Sequence[int], # which, counted from 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'package_version', 'commit', 'device_name', 'needs', 'write_bytes', 'write_json', 'write_record', 'Run',
-           'one_thread_each', 'interval', 'with_intervals', 'told', 'Result', 'measure']
+           'one_thread_each', 'interval', 'with_intervals', 'sides', 'told', 'Result', 'measure']
 
 # %% ../nbs/03_records.ipynb #0791685a
 import hashlib, json, os, platform, subprocess, sys, time
@@ -180,6 +180,13 @@ def with_intervals(values:dict, # metric to its values, one per image [n]
                    seed:int=0) -> dict: # each metric, "metric low", "metric high"
     "`interval` of every metric, under its name"
     return {key: v for name, column in values.items() for key, v in zip((name, f"{name} low", f"{name} high"), interval(column, seed=seed))}
+
+def sides(differences:dict, # name to metrics with their intervals
+          metric:str) -> tuple: # names above 0, below 0, neither
+    "Which differences are above 0 and which below by their 95 % intervals"
+    above = [name for name, d in differences.items() if d[f"{metric} low"] > 0]
+    below = [name for name, d in differences.items() if d[f"{metric} high"] < 0]
+    return above, below, [name for name in differences if name not in above + below]
 
 def told(found:dict, # of `with_intervals`
          name:str) -> str:
