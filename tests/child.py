@@ -1,5 +1,5 @@
 """Commands of `ultra-nb`, each in a child forked from a process that has imported everything: tenths of a second each."""
-import os, re, signal, sys, tempfile, time, traceback, warnings
+import os, re, resource, signal, sys, tempfile, time, traceback, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,11 @@ def _code(work):
     except BaseException:
         traceback.print_exc()
         return 1
+
+def limited():
+    "Two gigabytes more than now, so that too much is an error and not a machine without memory"
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**31,) * 2)
 
 def pictures(root:Path, n:int=2, values=(0, 1), classes=(), size=(40, 32), ending=".png") -> Path:
     "A data set 'folder': n pictures of noise, masks of some values, perhaps names of classes"
