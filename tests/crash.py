@@ -1,13 +1,14 @@
 """Crash safety: each command dies before, after and in the middle of each of its file operations, and the disk is full.
 
 `python tests/crash.py [--only REGEX] [--jobs 2]` runs every command once, with a layer around the system's file
-operations that counts them. Then, for each operation, the same command in a fresh folder: killed before it, killed after
-it, killed when half of the bytes of a write have arrived, and with no room left on the disk from there on. After each, no
-file may stand half under its own name; and the same command once more must end with the bytes of the run that nothing
-happened to, and nothing beside them. The clock stands still, so that not even `seconds` in a record may differ.
+operations that counts them. Then, for each operation, the same command in a fresh folder: killed before it, killed
+after it, killed when half of the bytes of a write have arrived, and with no room left on the disk from there on. After
+each, no file may stand half under its own name; and the same command once more must end with the bytes of the run that
+nothing happened to, and nothing beside them. The clock stands still, so that not even `seconds` in a record may differ.
 """
 import argparse, builtins, errno, io, json, multiprocessing, os, re, shutil, sys, tempfile, time, _pyio
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -202,8 +203,8 @@ def points(only:str="") -> list: # (command, operation, event) each
 
 def sweep(chosen:list, jobs:int=1):
     "Lines about the points at which something is wrong, as they come"
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        for (name, at, event), wrong in zip(chosen, pool.imap(trial, chosen)):
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for (name, at, event), wrong in zip(chosen, pool.map(trial, chosen)):
             kind, where, _ = whole(name).log[at]
             if wrong: yield f"{name} | {event} operation {at + 1}, {kind} {where} | {'; '.join(wrong)}"
 
