@@ -1,9 +1,10 @@
 """Fuzzing with Hypothesis: odd arguments for every subcommand, and damaged files of every kind that is read.
 
-`python tests/fuzz.py [--cases 2400] [--seed 0] [--jobs 2] [--only REGEX]` draws so many cases and runs each in a
-child, in a folder of its own. Every one must end well: with a result whose numbers are finite, or with exit code 1 or 2,
-one or two lines, and the folder as it was before. What is wrong is printed by its kind, each with the shortest case,
-which `python tests/fuzz.py --case CASE` tries again. Options come from the parser, so that a new one needs no line here.
+`python tests/fuzz.py [--cases 2400] [--seed 0] [--jobs 2] [--only REGEX]` draws so many cases and runs each in a child,
+in a folder of its own. Every one must end well: with a result whose numbers are finite, or with exit code 1 or 2, one
+or two lines, and the folder as it was before. What is wrong is printed when it is first seen, and in the end by its
+kind, each with the shortest case, which `python tests/fuzz.py --case CASE` tries again. Options come from the parser,
+so that a new one needs no line here.
 """
 import argparse, ast, json, math, multiprocessing, os, re, shutil, signal, struct, sys, tempfile, time
 from collections import defaultdict
@@ -125,8 +126,8 @@ BASE = { # quick commands that work, to be spoiled
     "reproduce": "reproduce fig3",
     "bench maps": "bench maps --repeats 1 --layer 2 --image-size 64",
 }
-NUMBERS = """0 1 2 3 5 -1 -0 +2 007 17 255 256 999 1e3 1e308 1e-320 nan -nan NaN inf -inf .5 5. 1.5 -0.1 1_0 0x10 ٣ ² ½ 1,2
-    1e5,-3 nan,nan 32x64 0x0 -8 8x 1000000 9223372036854775808""".split() + ["9" * 5000, " 2 ", "2\n", "1 2"]
+NUMBERS = """0 1 2 3 5 -1 -0 +2 007 17 255 256 999 1e3 1e308 1e-320 nan -nan NaN inf -inf .5 5. 1.5 -0.1 1_0 0x10
+    ٣ ² ½ 1,2 1e5,-3 nan,nan 32x64 0x0 -8 8x 1000000 9223372036854775808""".split() + ["9" * 5000, " 2 ", "2\n", "1 2"]
 WORDS = """- -- -x --out --help = a=b =x x= voc=own . ./ own jpeg text vit model W.safetensors settings.json pairs.jsonl
     own/images/0.png own/masks/0.png vit/model.safetensors nowhere nowhere/x.png new.png new.PDF new.svg new.jpg
     new.html new.safetensors new.json new/deep/x.png text/x.png Bücher.png 日本.png %s%(x)s{0} * ~ None""".split()
@@ -204,9 +205,9 @@ READ = [ # material, the command that reads it, the files
 ]
 OTHER = {
     "empty": b"", "zeros": bytes(5000), "text": b"Not what you think.\n", "binary": bytes(range(256)) * 9,
-    "list": b"[1]\n", "number": b"1\n", "null": b"null\n", "string": b'"x"\n', "object": b"{}\n", "nested": b"[" * 100_000,
-    "html": b"<!doctype html><p>404</p>\n", "utf-16": TEXT.encode("utf-16"), "png": b"\x89PNG\r\n\x1a\n",
-    "zip": b"PK\x05\x06" + bytes(18), "gzip": b"\x1f\x8b\x08" + bytes(30),
+    "list": b"[1]\n", "number": b"1\n", "null": b"null\n", "string": b'"x"\n', "object": b"{}\n",
+    "nested": b"[" * 100_000, "html": b"<!doctype html><p>404</p>\n", "utf-16": TEXT.encode("utf-16"),
+    "png": b"\x89PNG\r\n\x1a\n", "zip": b"PK\x05\x06" + bytes(18), "gzip": b"\x1f\x8b\x08" + bytes(30),
     "huge header": struct.pack("<Q", 2**40) + b"{}", "negative header": struct.pack("<q", -1) + b"{}",
 }
 ODD = [None, True, -1, 0, 3, 10**30, 1.5, math.nan, math.inf, "", "x", "\x1b[31mred", "../nowhere", "y" * 3000,
@@ -281,7 +282,8 @@ def wrong(case) -> list: # of short texts
         before = contents(folder)
         done = child.run(list(argv), folder / "here", before=child.limited, seconds=LIMIT)
         after = contents(folder)
-        return judged(done, argv, [n for n in after if before.get(n, 0) != after[n]], folder)
+        found = judged(done, argv, [n for n in after if before.get(n, 0) != after[n]], folder)
+        return found + ["nothing is wrong with it, and it is refused"] * (done.code > 0 and case in undamaged())
     finally: shutil.rmtree(folder)
 
 def judged(done, argv, new, folder):
@@ -324,6 +326,11 @@ def unsound(path):
 
 # --- all of it --------------------------------------------------------------------------------------------------------
 
+def undamaged():
+    "The commands as they are"
+    named = [("everything", argv) for argv in BASE.values()] + [(material, argv) for material, argv, _ in READ]
+    return [(material, tuple(argv.split())) for material, argv in named]
+
 def cases(): return st.one_of(lines(), damages())
 
 def drawn(n:int, start:int=0) -> list:
@@ -350,7 +357,8 @@ def main():
     parser.add_argument("--case", type=ast.literal_eval, help="one case, as printed")
     args, start, groups = parser.parse_args(), time.perf_counter(), defaultdict(list)
     materials()
-    chosen = [args.case] if args.case else [c for c in drawn(args.cases, args.seed) if re.search(args.only, ascii(c))]
+    chosen = [args.case] if args.case else undamaged() + drawn(args.cases, args.seed)
+    chosen = [case for case in chosen if re.search(args.only, ascii(case))]
     try:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
             for case, found in zip(chosen, pool.map(wrong, chosen)):
