@@ -12,5 +12,6 @@ def test_the_harness_sees_half_a_file(monkeypatch):
     "As a file is that is written in place"
     monkeypatch.setattr("ultra_nb.records.write_bytes", lambda path, content: Path(path).write_bytes(content))
     monkeypatch.setattr(crash, "whole", crash.whole.__wrapped__)
-    writes = [i for i, (kind, where, _) in enumerate(crash.whole("itiou").log) if (kind, where) == ("write", "out/result.json")]
-    assert "half a file: out/result.json" in crash.trial(("itiou", writes[0], "torn"))
+    log = crash.whole("itiou").log
+    at = next(i for i, (kind, where, _) in enumerate(log) if kind == "write" and where == "out/result.json")
+    assert "half a file: out/result.json" in crash.trial(("itiou", at, "torn"))
