@@ -300,7 +300,8 @@ def refused(done, argv, new):
     "What is wrong with exit code 1 or 2; a report stays, as it says what could not be made"
     found, longest = [], 1000 + sum(map(len, argv))
     listed = done.said and "(listed above)" in done.said[-1] # a line for each image before it
-    if not listed and not 1 <= len(done.said) <= 2: found.append(f"{len(done.said)} lines: {done.said[:1]} .. {done.said[-1:]}")
+    if not listed and not 1 <= len(done.said) <= 2:
+        found.append(f"{len(done.said)} lines: {done.said[:1]} .. {done.said[-1:]}")
     found += [f"a line of {len(line)} characters: {line[:100]}" for line in done.said if len(line) > longest]
     found += [f"no message: {line[:200]}" for line in done.said if NO_MESSAGE.match(line)]
     reported = argv[:1] == ("reproduce",) and "as they should be" in done.out
