@@ -147,6 +147,7 @@ class Whole:
     log: list # operations
     files: dict
     passing: set # names that come and go
+    said: list # lines of stderr
 
 @cache
 def whole(name:str) -> Whole:
@@ -157,7 +158,8 @@ def whole(name:str) -> Whole:
         done = run(COMMANDS[name], folder, Disk())
         assert done.code == 0, f"{name}: {done.err}"
         log = json.loads(done.out.splitlines()[-1])
-        return Whole(log, contents(folder), {where for _, where, _ in log} - {source for _, _, source in log})
+        passing = {where for _, where, _ in log} - {source for _, _, source in log}
+        return Whole(log, contents(folder), passing, done.said)
     finally: shutil.rmtree(folder)
 
 def half(command, now, good):
@@ -188,7 +190,7 @@ def trial(point) -> list: # what is wrong
         now = contents(folder)
         wrong = half(command, now, good) + (refusal(done, now, good) if event == "full" else [])
         again = run(command, folder, Disk())
-        if again.code or again.said: wrong.append(f"again: code {again.code}, {again.said[-1:]}")
+        if again.code or again.said != good.said: wrong.append(f"again: code {again.code}, {again.said[-1:]}")
         return wrong + ended(contents(folder), good)
     finally: shutil.rmtree(folder)
 
