@@ -120,8 +120,8 @@ def quiet():
     ultra_nb.self_consistency.fit_projection = partial(ultra_nb.self_consistency.fit_projection, batch=4)
 
 def contents(folder):
-    "Every file with its bytes, every folder with none"
-    return {p.relative_to(folder).as_posix(): None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob("*"))}
+    "Every file with its bytes; folders and links in circles with none"
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 def fresh(command):
     "A folder as the command finds it"
