@@ -2,6 +2,7 @@
 # make test:      environment, then all tests, two at a time with one torch thread each
 # make docs:      environment, then the notebooks as a site to read, in _site/ (no Quarto, no network)
 # make zoo:       environment, then `explain` on some five hundred small models against a reference of its own (6 minutes)
+# make crash:     environment, then every command dies at each of its file operations, and is fuzzed (MINUTES minutes)
 # Python 3.11, 3.12 or 3.13; another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export MPLBACKEND ?= agg
 READY := .venv/ready
 
-.PHONY: reproduce test docs zoo environment readme clean
+.PHONY: reproduce test docs zoo crash environment readme clean
 
 reproduce: environment
 	$(BIN)/ultra-nb reproduce all
@@ -23,6 +24,10 @@ docs: environment
 
 zoo: environment
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo.py --out nbs/studies/records/zoo.json
+
+crash: environment
+	OMP_NUM_THREADS=1 $(BIN)/python tests/crash.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
 
 environment: $(READY)
 

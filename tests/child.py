@@ -1,0 +1,103 @@
+"""Commands of `ultra-nb`, each in a child forked from a process that has imported everything: tenths of a second each."""
+import os, re, resource, signal, sys, tempfile, time, traceback, warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass
+class Done:
+    "What a command left"
+    code: int # exit code; negative: the signal that ended it
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def said(self) -> list[str]: # lines of stderr that are no progress bar, no usage and not the model's description
+        lines = [line.rpartition("\r")[2].rstrip() for line in self.err.split("\n")]
+        return [line for line in lines if line and not re.match(r"Backbone\(|usage: | {6}|.*\d+%\|", line)]
+
+def warm():
+    "Imports what any command may import"
+    import accelerate, datasets, jinja2, open_clip, scipy.io, seaborn, sklearn.cluster, timm, tokenizers, transformers
+    import matplotlib.backends.backend_pdf, matplotlib.backends.backend_svg, torchvision.datasets, torchvision.transforms.v2
+    import ultra_nb.cli, ultra_nb.reproduction
+    from PIL import Image
+    Image.init()
+
+def run(argv:list|str, # of `ultra-nb`; a string is split at white space
+        folder:Path, # where it runs
+        before:Callable=lambda: None, # called in the child first
+        **options # of `call`
+       ) -> Done:
+    "`ultra-nb argv` in a child process"
+    from ultra_nb.cli import main
+    argv = argv.split() if isinstance(argv, str) else [*map(str, argv)]
+    def work():
+        sys.argv = ["ultra-nb", *argv]
+        before()
+        return main(argv)
+    return call(work, folder, **options)
+
+def call(work:Callable, # gives the exit code
+         folder:Path=Path("."), # where it runs
+         stdin:bytes=b"", env:dict|None=None,
+         seconds:int=60 # then it is killed, with code -14
+        ) -> Done:
+    "A function in a child process"
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write(stdin), given.seek(0)
+        sys.stdout.flush(), sys.stderr.flush()
+        start, pid = time.monotonic(), os.fork()
+        if pid == 0:
+            try: _child(work, folder, seconds, (given, out, err), env or {})
+            finally: os._exit(70)
+        status = os.waitpid(pid, 0)[1]
+        texts = [(f.seek(0), f.read().decode("utf-8", "backslashreplace"))[1] for f in (out, err)]
+    return Done(os.waitstatus_to_exitcode(status), *texts, time.monotonic() - start)
+
+def _child(work, folder, seconds, files, env):
+    "Never returns"
+    import torch
+    for fd, f in enumerate(files): os.dup2(f.fileno(), fd)
+    errors = "surrogateescape", "strict", "backslashreplace"
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, "w" if fd else "r", encoding="utf-8", errors=e, closefd=False) for fd, e in enumerate(errors))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(seconds)
+    _warnings()
+    torch.set_num_threads(1)
+    os.chdir(folder), os.environ.update(env)
+    code = _code(work)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+def _warnings():
+    "Python's own rules for warnings, whatever a test runner made of them"
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning): warnings.simplefilter("ignore", category)
+    warnings.showwarning = lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4]))
+
+def _code(work):
+    "Exit code of a function, as Python would give it"
+    try: return work() or 0
+    except SystemExit as stop: return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+def limited():
+    "Two gigabytes more than now, so that too much is an error and not a machine without memory"
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**31,) * 2)
+
+def pictures(root:Path, n:int=2, values=(0, 1), classes=(), size=(40, 32), ending=".png") -> Path:
+    "A data set 'folder': n pictures of noise, masks of some values, perhaps names of classes"
+    import numpy as np
+    from PIL import Image
+    dice = np.random.default_rng(0)
+    for part in ("images", "masks"): (root / part).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(dice.integers(0, 256, (*size, 3), np.uint8)).save(root / f"images/{i}{ending}")
+        Image.fromarray(dice.choice(values, size).astype(np.uint8)).save(root / f"masks/{i}.png")
+    if classes: (root / "classes.txt").write_text("\n".join(classes))
+    return root
