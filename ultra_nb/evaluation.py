@@ -317,6 +317,7 @@ def evaluate(backbone:Backbone, # a vision backbone
     "Segments every image, matches by the protocol, reports with intervals. Raises ValueError for settings that cannot work, and where `out` holds another run; images that cannot be read end up in `bad`"
     methods = ULTRA if methods is None else methods
     case, classes = _checked(backbone, protocol, methods, case), len(dataset.classes)
+    if protocol.startswith("dataset"): _check_clusters(classes if clusters is None else clusters, min(len(dataset), limit or len(dataset)), dict(case, classes=classes), len(backbone.patches))
     work = lambda sample: row_of(Case(backbone, sample, **case), methods, protocol.startswith("dataset"))
     def metrics(rows):
         tables = {m: confusions(rows, m, classes, protocol, clusters, seed) for m in methods}
@@ -335,4 +336,11 @@ def _checked(backbone, protocol, methods, case):
     k, patches = case["k"], len(backbone.patches)
     if isinstance(k, int) and not 1 <= k <= patches: raise ValueError(f"k={k}: choose 1 to {patches}, the number of patch tokens, or 'classes'")
     if isinstance(k, str) and k != "classes": raise ValueError(f"k={k!r}: give a number, or 'classes'")
+    if k is None and not 0 <= case["threshold"] < np.inf: raise ValueError(f"threshold={case['threshold']}: give a distance, a number from 0")
     return case | dict(layer=backbone.layer(case["layer"]))
+
+def _check_clusters(clusters, images, case, patches):
+    "ValueError for more clusters than there can be segments"
+    each = patches if case["k"] is None else case["classes"] if case["k"] == "classes" else case["k"]
+    if clusters < 1: raise ValueError(f"clusters={clusters}: it must be at least 1")
+    if images * each < clusters: raise ValueError(f"{images * each} segments cannot make {clusters} clusters; take more images, or an image protocol")

@@ -21,7 +21,7 @@ from .data import SEPARATOR, read_pairs
 from .explanation_maps import explain
 from .figures import ACCENT, INK, panels
 from .models import Backbone, find_blocks
-from .records import needs, with_intervals
+from .records import needs, with_intervals, write_json
 
 # %% ../nbs/09_summarization.ipynb #459b038d
 @dataclass
@@ -238,6 +238,7 @@ def train(settings:dict, # stage, model, data, arguments, lora: a settings file'
     pairs = read_pairs(settings["data"], settings.get("split", "train"))
     common = dict(out=out, arguments=settings.get("arguments"), lora=settings.get("lora"))
     model, tokenizer = pretrained(settings["model"])
+    write_json(Path(out) / "settings.json", settings)
     if settings["stage"] == "dpo": return train_dpo(model, tokenizer, pairs, **common)
     return train_sft(model, tokenizer, [dict(prompt=p["prompt"], completion=p["chosen"]) for p in pairs], **common)
 
