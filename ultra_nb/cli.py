@@ -218,7 +218,7 @@ def fit_w_command(args) -> None:
     held, angles = learned.history["held out"], learned.history["angle"]
     print(f"{len(angles)} steps: held-out loss {min(held):.0%} of the start's, {angles[-1]:.1f} degrees away from it")
     for name in ("checkpoint.safetensors", "settings.json", ".part-0.lock"): (checkpoints / name).unlink(missing_ok=True)
-    checkpoints.rmdir()
+    if not any(checkpoints.iterdir()): checkpoints.rmdir()
     print(args.out)
 
 # %% ../nbs/13_cli.ipynb #b39559fb
@@ -239,7 +239,7 @@ def summarize_command(args) -> None:
     if backbone.grid is not None: raise ValueError(f"{args.model} looks at pictures; summarize needs a language model")
     if backbone.tokenizer is None: raise ValueError(f"{args.model} has no tokenizer beside its weights: save it into the same folder")
     print(backbone, file=sys.stderr)
-    summary = args.summary or summarize(backbone.model, backbone.tokenizer, context)
+    summary = args.summary or summarize(backbone.model, backbone.tokenizer, context, truncate=args.truncate)
     found = contribution_scores(backbone, backbone.tokenizer, context, summary, args.layer, args.scalar, args.mode, truncate=args.truncate)
     print(f"TL;DR: {summary}")
     for word in sorted(word_scores(found), key=lambda w: -w.score)[:10]: print(f"{word.score:9.3g}  {word.text}")
@@ -250,14 +250,14 @@ def train_command(args) -> None:
     import json
     from ultra_nb.data import asset
     from ultra_nb.records import write_json
+    from ultra_nb.summarization import train, training_settings
     path = Path(args.settings) if Path(args.settings).exists() else asset(f"{args.settings}.json")
     try: settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError: raise ValueError(f"{path} is not a JSON file of settings: start from data/dpo_llama2_7b.json") from None
-    settings |= {key: value for key in ("model", "data") if (value := getattr(args, key))}
+    settings = training_settings(settings, args.model, args.data)
     kept = Path(args.out) / "settings.json"
     if kept.exists() and json.loads(kept.read_text()) != settings: raise ValueError(f"{args.out} holds a training with other settings; name another folder")
     if not kept.exists() and Path(args.out).exists() and any(Path(args.out).iterdir()): raise ValueError(f"{args.out} holds other files; name a new folder")
-    from ultra_nb.summarization import train
     write_json(kept, settings)
     train(settings, args.out)
     print(args.out)
@@ -336,9 +336,10 @@ def _size(text):
     return sizes[0] if len(sizes) == 1 else sizes
 
 def _device(text):
-    import torch
-    try: torch.empty(0, device=text)
-    except (RuntimeError, AssertionError): raise argparse.ArgumentTypeError(f"no device {text!r} here; try cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    import torch, warnings
+    try:
+        with warnings.catch_warnings(action="ignore"): torch.zeros(1, device=text).item()
+    except Exception: raise argparse.ArgumentTypeError(f"no device {text!r} here; try cpu" + (" or cuda" if torch.cuda.is_available() else ""))
     return text
 
 def _entry(text):

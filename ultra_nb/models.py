@@ -7,7 +7,7 @@ __all__ = ['preprocess', 'layer_of', 'Backbone', 'entering', 'wrap', 'WeightsErr
            'describe', 'misfit', 'compare', 'fetch', 'shards', 'fetch_folder', 'embedded', 'names', 'where', 'load']
 
 # %% ../nbs/01_models.ipynb #1297bc57
-import argparse, difflib, hashlib, inspect, json, pickle, re, threading, zipfile
+import argparse, difflib, hashlib, inspect, json, pickle, re, threading, warnings, zipfile
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import deepcopy
@@ -191,7 +191,8 @@ def _load_pickle(
     if _is_torchscript(file):
         raise WeightsError(f"{file} is a TorchScript archive, which holds code: convert its state dict to safetensors, or download the model's .safetensors file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         code = re.search(r"(?:GLOBAL|[Uu]nsupported class|unrecognized function|instantiate) (\S+)", str(e))
         if not code: raise WeightsError(f"{file} is not a weights file: expected .safetensors, or a state dict written by torch.save") from None
@@ -220,20 +221,20 @@ def read_weights(
     if not file.stat().st_size: raise WeightsError(f"{file} is empty (0 bytes): fetch it again")
     state = unwrap(_load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file))
     if not state: raise WeightsError(f"{file} holds no tensors: expected a state dict")
-    for name, tensor in state.items():
-        if wrong := _wrong(name, tensor): raise WeightsError(f"{file} has {wrong} in {name}")
+    wrong = next(filter(None, map(_wrong, state, state.values())), None)
+    if wrong: raise WeightsError(f"{file} has {wrong}")
     return state
 
 def _wrong(
     name:str, # of a tensor
     tensor:torch.Tensor, # as it was read
 ) -> str|None: # None when nothing is
-    "What makes a tensor no weights of a model; whole numbers are those of a buffer, but not of a weight"
+    "What makes a tensor no weights of a model; a buffer may hold whole numbers, a weight may not"
     if tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
-        return "a tensor that is not simply all of its numbers (sparse, nested, quantised or empty)"
+        return f"in {name} a sparse, nested, quantised or empty tensor: save the weights as plain ones"
     if tensor.is_complex() or not tensor.is_floating_point() and name.endswith("weight"):
-        return f"{str(tensor.dtype).removeprefix('torch.')} numbers instead of floating-point ones"
-    if not tensor.isfinite().all(): return "NaN or infinite values, so it is damaged or its training diverged,"
+        return f"{str(tensor.dtype).removeprefix('torch.')} numbers in {name}: weights are floating-point ones"
+    if not tensor.isfinite().all(): return f"NaN or infinite values in {name}: the file is damaged or its training diverged"
 
 def _load_safetensors(
     file:Path, # a .safetensors file

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_CONTROLS', 'Joined', 'join', 'Scores', 'contribution_scores', 'Word', 'words_of', 'word_scores', 'text_page',
-           'text_figure', 'as_pairs', 'train_sft', 'train_dpo', 'pretrained', 'check_training', 'train',
+           'text_figure', 'as_pairs', 'train_sft', 'train_dpo', 'pretrained', 'training_settings', 'train',
            'log_likelihood', 'preference_test', 'summarize', 'summary_test', 'word_auc', 'without', 'gradient_scores',
            'erasing_scores', 'word_test', 'parameters', 'training_memory', 'explaining_memory']
 
@@ -235,19 +235,23 @@ def pretrained(name:str, # folder, or repository of the hub
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
-def check_training(settings): # a settings file's content
-    "Raises ValueError for settings of a training that cannot work"
+def training_settings(settings, # a settings file's content
+                      model:str|None=None, data:str|None=None # instead of its own
+                     ) -> dict:
+    "Settings of a training. Raises ValueError for those that cannot work"
     if not isinstance(settings, dict): raise ValueError("the settings of a training are a JSON object with stage, model and data")
+    settings = settings | {key: value for key, value in dict(model=model, data=data).items() if value is not None}
     if settings.get("stage") not in ("sft", "dpo"): raise ValueError(f"stage={settings.get('stage')!r}: choose sft or dpo")
     for name in ("model", "data"):
         if not isinstance(settings.get(name), str): raise ValueError(f"{name}={settings.get(name)!r}: name a folder, a file or a repository of the hub")
     for name in ("arguments", "lora"):
         if not isinstance(settings.get(name) or {}, dict): raise ValueError(f"{name}={settings[name]!r}: give names and values")
+    return settings
 
 def train(settings:dict, # stage, model, data, arguments, lora: a settings file's content
           out:str|Path) -> nn.Module:
     "A training described by its settings. Raises ValueError for settings that cannot work"
-    check_training(settings)
+    settings = training_settings(settings)
     pairs = read_pairs(settings["data"], settings.get("split", "train"))
     common = dict(out=out, arguments=settings.get("arguments"), lora=settings.get("lora"))
     model, tokenizer = pretrained(settings["model"])
