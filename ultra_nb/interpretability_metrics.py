@@ -84,24 +84,23 @@ def patch_classes(mask:np.ndarray, # class of each pixel, 255 = ignore [H, W]
                   grid:tuple[int, int] # (h, w)
                  ) -> np.ndarray: # class with most pixels in each patch, 255 where most are ignored [h*w]
     "What each patch shows"
-    counts = np.zeros((grid[0] * grid[1], 256), np.int64)
-    np.add.at(counts, (patch_of(mask.shape, grid), mask), 1)
-    return counts.argmax(1)
+    (H, W), (h, w) = mask.shape, grid
+    counts, row, column = np.zeros((h, w, 256), np.int64), patch_of((H, 1), (h, 1))[:, 0], patch_of((1, W), (1, w))
+    for y in range(h): np.add.at(counts[y], (column, mask[row == y]), 1)
+    return counts.reshape(h * w, 256).argmax(1)
 
 def ious(maps:Tensor, # [T, H, W]
-         region:Tensor, # bool [H, W]
-         counted:Tensor, # pixels that count, bool [H, W]
+         region:np.ndarray, # bool [H, W]
+         counted:np.ndarray, # pixels that count, bool [H, W]
          taus:Sequence[float] # thresholds
-        ) -> Tensor: # in 0..1 [T, m]; 0 where both are empty
-    "Intersection over union of each map's mask with a region, at every threshold in one pass: pixels are counted by how many thresholds they reach"
-    levels, back = torch.as_tensor(taus, dtype=maps.dtype, device=maps.device).sort()
-    T, m, inside = len(maps), len(levels), region[counted]
-    reached = torch.bucketize(maps[:, counted], levels, right=True)
-    place = reached + (m + 1) * inside + 2 * (m + 1) * torch.arange(T, device=maps.device)[:, None]
-    counts = place.flatten().bincount(minlength=2 * T * (m + 1)).view(T, 2, m + 1)
-    outside, shared = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].unbind(1)
-    found = shared / (outside + inside.sum()).clamp_min(1)
-    return found[:, back.argsort()]
+        ) -> np.ndarray: # in 0..1 [T, m]; 0 where both are empty
+    "Intersection over union of each map's mask with a region, at every threshold"
+    region, found = region & counted, []
+    for tau in taus:
+        chosen = object_masks(maps, tau).cpu().numpy() & counted
+        shared = (chosen & region).sum((1, 2))
+        found.append(shared / np.maximum(chosen.sum((1, 2)) + region.sum() - shared, 1))
+    return np.stack(found, -1)
 
 AT_ONCE = 2**23 # pixels of maps that are looked at together
 
@@ -113,11 +112,10 @@ def itious(maps:Tensor, # one per patch token, scaled to 0..1 [h*w, h*w]
     "The inner mean of eq. 17 for each class that owns a patch. Raises ValueError for a threshold outside 0..1"
     for tau in taus:
         if not 0 <= tau <= 1: raise ValueError(f"tau={tau}: it must be in 0..1")
-    owner, truth = patch_classes(mask, grid), torch.as_tensor(mask).to(maps.device)
-    present = np.setdiff1d(mask, [IGNORE])
+    owner, present = patch_classes(mask, grid), np.setdiff1d(mask, [IGNORE])
     def inner(c):
         blocks = maps[owner == c].split(max(1, AT_ONCE // mask.size)) # all maps of a large picture at once would fill the memory
-        return torch.cat([ious(upsample(block, grid, mask.shape), truth == int(c), truth != IGNORE, taus) for block in blocks]).mean(0)
+        return np.concatenate([ious(upsample(block, grid, mask.shape), mask == c, mask != IGNORE, taus) for block in blocks]).mean(0)
     found = {int(c): (100 * inner(c)).tolist() for c in present if (owner == c).any()}
     return dict(classes=found, void_tokens=int((owner == IGNORE).sum()), classes_without_token=[int(c) for c in present if c not in found])
 
