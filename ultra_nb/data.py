@@ -545,7 +545,8 @@ def scenes(
     size:int=112, # height and width in pixels
 )->Pictures: # 13 classes, `CLASSES`
     "Scenes as a data set of pictures and masks"
-    return Pictures("scenes", split, CLASSES, _SceneFiles(Scenes(split, n, size)), label_table(range(len(CLASSES))), read=_read_scene)
+    files, table = _SceneFiles(Scenes(split, n, size)), label_table(range(len(CLASSES)))
+    return Pictures("scenes", split, CLASSES, files, table, read=_read_scene)
 
 class _SceneFiles(Sequence):
     "The `files` of scenes: name, source and place of each, made when asked for, as there may be any number"
@@ -553,7 +554,8 @@ class _SceneFiles(Sequence):
     def __len__(self): return len(self.source)
     def __getitem__(self, i):
         place = range(len(self))[i]
-        return [self[j] for j in place] if isinstance(i, slice) else (f"{self.source.split} {place}", self.source, place)
+        if isinstance(i, slice): return [self[j] for j in place]
+        return f"{self.source.split} {place}", self.source, place
 
 def _read_scene(source, i):
     "Picture and labels of one scene"
@@ -669,7 +671,8 @@ def _mat(path, key, what, good):
     except (ValueError, LookupError, TypeError, struct.error, zlib.error): pass # the ways in which a damaged file shows
     raise ValueError(f"{path} cannot be read as a MATLAB file with {key!r}, {what}: copy it again")
 
-NUMBERS_OF = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"} # NumPy's types by MATLAB's
+# NumPy's types of numbers by MATLAB's
+NUMBERS_OF = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 
 def _arrays(raw):
     "Name and content of each array of real numbers in a MATLAB file of version 5"
@@ -678,7 +681,7 @@ def _arrays(raw):
         if kind == 15: kind, content = next(_elements(memoryview(zlib.decompress(content)), order)) # compressed
         if kind != 14: continue # no array
         (_, flags), (_, shape), (_, name), (number, values), *_ = _elements(content, order)
-        if struct.unpack_from(f"{order}I", flags)[0] & 0x8ff not in range(6, 16): continue # text, cells, complex numbers, ..
+        if struct.unpack_from(f"{order}I", flags)[0] & 0x8ff not in range(6, 16): continue # text, cells, complex, ..
         shape = np.frombuffer(shape, f"{order}i4")
         yield bytes(name).decode(), np.frombuffer(values, order + NUMBERS_OF[number]).reshape(shape, order="F")
 
@@ -788,7 +791,7 @@ def _class_names(listed, masks, ignore):
     "Names in `classes.txt`, else one for every number up to the largest in the masks"
     if listed.exists():
         names = [line.strip() for line in _text(listed).splitlines() if line.strip()]
-        if len(names) > IGNORE: raise ValueError(f"{listed} names {len(names)} classes: a mask tells 255 apart, 0 to 254")
+        if len(names) > IGNORE: raise ValueError(f"{listed} names {len(names)} classes: masks hold 0 to 254 and 255")
         return names
     seen = {int(i) for path in tqdm(masks, "which classes there are", delay=2) for i in np.unique(read_labels(path))} - {ignore, IGNORE}
     if max(seen, default=0) > IGNORE: raise ValueError(f"the masks beside {listed.name} hold {max(seen)}: class numbers go from 0 to 254")
@@ -971,8 +974,10 @@ def _table(path):
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
     try:
         with open(path, encoding="utf-8", newline="") as f:
-            if path.suffix.lower() != ".csv": rows = [(n, json.loads(line)) for n, line in enumerate(f, 1) if line.strip()]
-            else: rows = [(reader.line_num, row) for reader in [csv.DictReader(f)] for row in reader]
+            if path.suffix.lower() == ".csv":
+                reader = csv.DictReader(f)
+                rows = [(reader.line_num, row) for row in reader]
+            else: rows = [(n, json.loads(line)) for n, line in enumerate(f, 1) if line.strip()]
     except (ValueError, csv.Error, RecursionError) as e:
         raise ValueError(f"{path} is not CSV and not JSON lines ({_line(e)}): write one JSON object a line") from None
     odd = next((n for n, row in rows if not isinstance(row, dict)), None)
@@ -1029,7 +1034,8 @@ def read_pairs(
         try:
             pair = dict(zip(("prompt", "chosen", "rejected"), _pair(row)))
             missing = [side for side, text in pair.items() if not text.strip()]
-        except (AttributeError, TypeError): raise ValueError(f"{source}, line {n}: prompt, chosen and rejected must be texts or chats") from None
+        except (AttributeError, TypeError):
+            raise ValueError(f"{source}, line {n}: prompt, chosen and rejected must be texts or chats") from None
         if missing: raise ValueError(f"{source}, line {n}: {missing[0]} is missing or empty")
         if pair["chosen"].strip() == pair["rejected"].strip(): raise ValueError(f"{source}, line {n}: chosen and rejected are the same")
         found.append(pair)

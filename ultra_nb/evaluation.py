@@ -319,7 +319,7 @@ def evaluate(backbone:Backbone, # a vision backbone
     case, classes = _checked(backbone, protocol, methods, case), len(dataset.classes)
     work = lambda sample: row_of(Case(backbone, sample, **case), methods, protocol.startswith("dataset"))
     def metrics(rows):
-        if not any(row["classes"] for row in rows): raise ValueError("the masks ignore every pixel of every image: there is nothing to measure")
+        if not any(row["classes"] for row in rows): raise ValueError("the masks ignore every pixel of every image")
         tables = {m: confusions(rows, m, classes, protocol, clusters, seed) for m in methods}
         iou = {m: [None if np.isnan(v) else v for v in Confusion(classes, t.sum(0)).iou] for m, t in tables.items()}
         return {m: metrics_of(t) for m, t in tables.items()}, dict(iou=iou)

@@ -102,7 +102,7 @@ def ious(maps:Tensor, # [T, H, W]
         found.append(shared / np.maximum(chosen.sum((1, 2)) + region.sum() - shared, 1))
     return np.stack(found, -1)
 
-AT_ONCE = 2**23 # pixels of maps that are looked at together
+AT_ONCE = 2**23 # pixels of maps that are looked at together: all maps of a large picture would fill the memory
 
 def itious(maps:Tensor, # one per patch token, scaled to 0..1 [h*w, h*w]
            mask:np.ndarray, # true class of each pixel, 255 = ignore [H, W]
@@ -114,8 +114,8 @@ def itious(maps:Tensor, # one per patch token, scaled to 0..1 [h*w, h*w]
         if not 0 <= tau <= 1: raise ValueError(f"tau={tau}: it must be in 0..1")
     owner, present = patch_classes(mask, grid), np.setdiff1d(mask, [IGNORE])
     def inner(c):
-        blocks = maps[owner == c].split(max(1, AT_ONCE // mask.size)) # all maps of a large picture at once would fill the memory
-        return np.concatenate([ious(upsample(block, grid, mask.shape), mask == c, mask != IGNORE, taus) for block in blocks]).mean(0)
+        blocks = (upsample(few, grid, mask.shape) for few in maps[owner == c].split(max(1, AT_ONCE // mask.size)))
+        return np.concatenate([ious(block, mask == c, mask != IGNORE, taus) for block in blocks]).mean(0)
     found = {int(c): (100 * inner(c)).tolist() for c in present if (owner == c).any()}
     return dict(classes=found, void_tokens=int((owner == IGNORE).sum()), classes_without_token=[int(c) for c in present if c not in found])
 

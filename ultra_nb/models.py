@@ -214,7 +214,8 @@ def unwrap(
 def read_weights(
     file, # a .safetensors file, or a state dict written by torch.save
 ) -> dict: # name -> tensor, on the CPU
-    "The tensors in a weights file, unwrapped. `FileNotFoundError` when missing, `WeightsError` when empty, incomplete, not weights, holding code, or not finite numbers"
+    """The tensors in a weights file, unwrapped. `FileNotFoundError` when missing, `WeightsError` when empty, incomplete,
+    not weights, holding code, or not finite floating-point numbers"""
     file = Path(file).expanduser()
     if not file.exists(): raise FileNotFoundError(f"there is no weights file {file}")
     if not file.is_file(): raise WeightsError(f"{file} is a folder: give the weights file itself")
@@ -234,7 +235,8 @@ def _wrong(
         return f"in {name} a sparse, nested, quantised or empty tensor: save the weights as plain ones"
     if tensor.is_complex() or not tensor.is_floating_point() and name.endswith("weight"):
         return f"{str(tensor.dtype).removeprefix('torch.')} numbers in {name}: weights are floating-point ones"
-    if not tensor.isfinite().all(): return f"NaN or infinite values in {name}: the file is damaged or its training diverged"
+    if not tensor.isfinite().all():
+        return f"NaN or infinite values in {name}: the file is damaged or its training diverged"
 
 def _load_safetensors(
     file:Path, # a .safetensors file
@@ -311,7 +313,7 @@ def _unreachable(
     "The error for weights that cannot be fetched, with the local way spelled out"
     why = {"GatedRepoError": "its authors want their licence accepted first: do so on its page, then `hf auth login`",
            "RepositoryNotFoundError": "there is no such repository, or you have no access to it",
-           "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set"}.get(type(why).__name__, f"it does not answer as it should: {_line(why, 80)}")
+           "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set"}.get(type(why).__name__, f"no good answer: {_line(why, 80)}")
     return WeightsError(f"cannot fetch {repo} from the hub ({why}); download {files} from https://huggingface.co/{repo} and use load({name!r}, weights={what}), "
                         f"or --weights {what} on the command line")
 
@@ -352,7 +354,8 @@ def _json(
 ) -> dict:
     "The object in a JSON file; `WeightsError` when there is none"
     try: found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e: raise WeightsError(f"{file} is not a JSON file, or not all of one ({_line(e, 80)}): fetch it again") from None
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(f"{file} is not a JSON file, or not all of one ({_line(e, 80)}): fetch it again") from None
     if not isinstance(found, dict): raise WeightsError(f"{file} holds no JSON object: fetch it again")
     return found
 
@@ -371,7 +374,8 @@ def _indexed(
 ) -> list: # those files
     "The files that an index names, all beside it"
     try: files = sorted(set(_json(index)["weight_map"].values()))
-    except (AttributeError, KeyError, TypeError): raise WeightsError(f"{index} is no index of weights files: it has no weight_map from names to files") from None
+    except (AttributeError, KeyError, TypeError):
+        raise WeightsError(f"{index} is no index of weights files: it has no weight_map from names to files") from None
     elsewhere = [f for f in files if not isinstance(f, str) or Path(f).name != f]
     if elsewhere: raise WeightsError(f"{index} names {elsewhere[0]}, which is no file beside it")
     return [index.parent/f for f in files]
@@ -391,7 +395,8 @@ def fetch_folder(
         _listed(repo, seconds)
         for kind in ("*.safetensors", "*.bin"):
             wanted = ["*.json", "*.model", "*.txt", kind]
-            if complete(folder := snapshot_download(repo, allow_patterns=wanted, etag_timeout=seconds)): return Path(folder)
+            folder = snapshot_download(repo, allow_patterns=wanted, etag_timeout=seconds)
+            if complete(folder): return Path(folder)
     except Exception as e: raise _unreachable(repo, "the folder (*.json, tokenizer files, *.safetensors)", name, "FOLDER", e) from None
     raise WeightsError(f"{repo} holds no weights that transformers reads (model.safetensors or pytorch_model.bin)")
 
@@ -710,7 +715,8 @@ def _encode(
     for text in [texts] if isinstance(texts, str) else texts:
         try: ids.append(tokenizer.encode(text).ids)
         except Exception: unknown.append(text) # the library has no class of its own for it
-    if unknown: raise ValueError(f"the tokenizer does not know every word of {'; '.join(unknown[:3])}{'; ..' * (len(unknown) > 3)}")
+    few = "; ".join(unknown[:3] + [".."] * (len(unknown) > 3))
+    if unknown: raise ValueError(f"the tokenizer does not know every word of {few}")
     return torch.tensor(ids)
 
 def _words(

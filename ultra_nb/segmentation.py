@@ -41,7 +41,8 @@ def distances(rows:Tensor, # one vector per token [n, m]
 
 def check_finite(maps:Tensor): # of any shape
     "ValueError for maps with NaN or infinity"
-    if not maps.isfinite().all(): raise ValueError("the maps contain NaN or infinity; check the inputs and the model's weights")
+    if maps.isfinite().all(): return
+    raise ValueError("the maps contain NaN or infinity; check the inputs and the model's weights")
 
 def cluster_tree(rows:Tensor, # one vector per token: its scaled map [n, n], or anything else [n, m]
                  linkage:str="average", # "average" | "complete" | "single" | "ward"
@@ -89,7 +90,8 @@ def segment(maps:Tensor, # one map per patch token, prefix dropped and self entr
             linkage:str="average", # "average" | "complete" | "single" | "ward"
             metric:str="cosine" # "cosine" | "correlation" | "euclidean"
            ) -> Segmentation:
-    "Unsupervised segmentation of one image from the explanation maps of its tokens (eq. 7-8). Raises ValueError as `cluster_tree` and `cut` do"
+    """Unsupervised segmentation of one image from the explanation maps of its tokens (eq. 7-8). Raises ValueError as
+    `cluster_tree` and `cut` do"""
     if maps.ndim != 2: raise ValueError(f"maps of one image [n, h*w] expected, got {list(maps.shape)}")
     check_finite(maps) # scaling would hide it
     scaled = minmax(maps)

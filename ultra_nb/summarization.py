@@ -229,7 +229,8 @@ def pretrained(name:str, # folder, or repository of the hub
     "A causal language model to train. Raises ValueError, one line, where it cannot be had"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+        options = dict(dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as e: raise ValueError(f"no causal language model and tokenizer from {name} ({' '.join(str(e).split())[:160]}): for a gated repository accept its terms and run hf auth login, or pass the path of a folder with its files") from None
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
@@ -239,13 +240,14 @@ def training_settings(settings, # a settings file's content
                       model:str|None=None, data:str|None=None # instead of its own
                      ) -> dict:
     "Settings of a training. Raises ValueError for those that cannot work"
-    if not isinstance(settings, dict): raise ValueError("the settings of a training are a JSON object with stage, model and data")
+    if not isinstance(settings, dict): raise ValueError("settings of a training are a JSON object: stage, model, data")
     settings = settings | {key: value for key, value in dict(model=model, data=data).items() if value is not None}
-    if settings.get("stage") not in ("sft", "dpo"): raise ValueError(f"stage={settings.get('stage')!r}: choose sft or dpo")
+    given = settings.get
+    if given("stage") not in ("sft", "dpo"): raise ValueError(f"stage={given('stage')!r}: choose sft or dpo")
     for name in ("model", "data"):
-        if not isinstance(settings.get(name), str): raise ValueError(f"{name}={settings.get(name)!r}: name a folder, a file or a repository of the hub")
+        if not isinstance(given(name), str): raise ValueError(f"{name}={given(name)!r}: a path, or a repository of the hub")
     for name in ("arguments", "lora"):
-        if not isinstance(settings.get(name) or {}, dict): raise ValueError(f"{name}={settings[name]!r}: give names and values")
+        if not isinstance(given(name) or {}, dict): raise ValueError(f"{name}={given(name)!r}: give names and values")
     return settings
 
 def train(settings:dict, # stage, model, data, arguments, lora: a settings file's content
@@ -290,8 +292,10 @@ def summarize(model:nn.Module, tokenizer, # of transformers
     ids, (first, last) = joined.input_ids[:joined.summary_span[0]], joined.context_span
     window = getattr(model.config, "max_position_embeddings", None)
     over = max(0, len(ids) + longest - window) if window else 0
-    if over and not truncate: raise ValueError(f"the context has {len(ids)} tokens; with {longest} of a summary that is {over} more than the model's window of {window}: shorten it, or pass truncate=True (--truncate) to drop its end")
-    if over >= last - first: raise ValueError(f"the model's window of {window} tokens leaves no room for a context beside a summary of {longest}")
+    if over and not truncate:
+        raise ValueError(f"the context has {len(ids)} tokens; with {longest} of a summary that is {over} more than the model's "
+                         f"window of {window}: shorten it, or pass truncate=True (--truncate) to drop its end")
+    if over >= last - first: raise ValueError(f"a summary of {longest} leaves no room in the model's window of {window}")
     ids = torch.tensor([ids[:last - over] + ids[last:]], device=model.device)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
@@ -378,7 +382,8 @@ def parameters(config # of a causal model of transformers
               ) -> int: # P
     "Number of weights, counted without making them"
     from transformers import AutoModelForCausalLM
-    with torch.device("meta"): return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(p.numel() for p in model.parameters())
 
 def _gib(**parts):
     "Bytes of parts as GiB, with their total"
