@@ -31,7 +31,7 @@ def _backbone(args):
     backbone = load(args.model, weights=args.weights, device=args.device, image_size=args.image_size)
     if backbone.grid is None: raise ValueError(f"{args.model} is a language model; explain and segment work on pictures")
     print(backbone, file=sys.stderr)
-    if (n := backbone.tokens) > 3000: print(f"{n:,} tokens look at each other: this takes long and much memory, less with a smaller --image-size", file=sys.stderr)
+    if (n := backbone.tokens) > 3000: print(f"{n:,} tokens look at each other: this takes long and much memory, less with a smaller --image-size", file=sys.stderr, flush=True)
     return backbone
 
 def _scalar(text, backbone, layer):
@@ -108,7 +108,8 @@ def segment_command(args) -> None:
     if args.overlay: _writable(args.overlay, ".png", ".jpg", ".jpeg", ".webp", force=args.force)
     if args.out and args.overlay and _one_file(args.out, args.overlay): raise ValueError(f"--overlay {args.overlay} and --out {args.out} are one file: name two")
     image, backbone = _picture(args.image), _backbone(args)
-    _enough_patches("--clusters", args.clusters, backbone, most=255)
+    most = min(len(backbone.patches), 255)
+    if not 1 <= args.clusters <= most: raise ValueError(f"--clusters {args.clusters}: choose 1 to {most}")
     rows = _maps(backbone, backbone.inputs(image), backbone.patches, args)
     found = segment(suppress_self(rows, backbone.patches, backbone.prefix), backbone.grid, _fitting(image.size, 1024)[::-1], k=args.clusters)
     mask = Image.fromarray(found.labels.astype(np.uint8), mode="P")
@@ -122,11 +123,6 @@ def segment_command(args) -> None:
 def _one_file(a, b):
     "Whether two names are one file"
     return os.path.realpath(a) == os.path.realpath(b) or os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-def _enough_patches(option, k, backbone, most=None):
-    "ValueError for more segments than patches"
-    most = min(filter(None, (len(backbone.patches), most)))
-    if not 1 <= k <= most: raise ValueError(f"{option} {k}: choose 1 to {most}")
 
 # %% ../nbs/13_cli.ipynb #2757137e
 def _dataset(args, complete=True):
@@ -228,7 +224,6 @@ def fit_w_command(args) -> None:
     _writable(args.out, ".safetensors", force=args.force)
     dataset, backbone = _dataset(args), _backbone(args)
     if len(dataset) < args.limit: raise ValueError(f"--images {args.limit}: {args.dataset} {dataset.split} has 1 to {len(dataset)}")
-    _enough_patches("--k", args.k, backbone)
     images, checkpoints = _Pictures(dataset, args.limit), Path(f"{args.out}.run")
     options = {name: getattr(args, name) for name in ("k", "delta", "kind", "start", "shared", "passes", "lr", "mode", "seed")}
     try: learned = fit_projection(backbone, images, args.layer, **options, out=checkpoints)
@@ -240,13 +235,15 @@ def fit_w_command(args) -> None:
     held, angles = learned.history["held out"], learned.history["angle"]
     print(f"{len(angles)} steps: held-out loss {min(held):.0%} of the start's, {angles[-1]:.1f} degrees away from it")
     for name in ("checkpoint.safetensors", "settings.json", ".part-0.lock"): (checkpoints / name).unlink(missing_ok=True)
-    checkpoints.rmdir()
+    if not any(checkpoints.iterdir()): checkpoints.rmdir()
     print(args.out)
 
 # %% ../nbs/13_cli.ipynb #b39559fb
 def _post(path):
     "The text of a file, or of standard input"
-    try: (text := Path(path).read_text(encoding="utf-8") if path != "-" else sys.stdin.read() if sys.stdin else "").encode()
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text.encode() # some locales let any bytes through
     except FileNotFoundError: raise FileNotFoundError(f"no file {path}: check the path, or pass - and the text on standard input") from None
     except UnicodeError: raise ValueError(f"{'standard input' if path == '-' else path} is not a text in UTF-8") from None
     return text
@@ -257,13 +254,11 @@ def summarize_command(args) -> None:
     from ultra_nb.records import write_bytes
     from ultra_nb.summarization import contribution_scores, summarize, text_page, word_scores
     _writable(args.html, ".html", ".htm", force=args.force)
-    try: (args.summary or "").encode()
-    except UnicodeEncodeError: raise ValueError("--summary: the summary is not a text in UTF-8") from None
     context, backbone = _post(args.file).strip(), load(args.model, weights=args.weights, device=args.device)
     if backbone.grid is not None: raise ValueError(f"{args.model} looks at pictures; summarize needs a language model")
     if backbone.tokenizer is None: raise ValueError(f"{args.model} has no tokenizer beside its weights: save it into the same folder")
     print(backbone, file=sys.stderr)
-    summary = args.summary or summarize(backbone.model, backbone.tokenizer, context)
+    summary = args.summary or summarize(backbone.model, backbone.tokenizer, context, truncate=args.truncate)
     found = contribution_scores(backbone, backbone.tokenizer, context, summary, args.layer, args.scalar, args.mode, truncate=args.truncate)
     print(f"TL;DR: {summary}")
     for word in sorted(word_scores(found), key=lambda w: -w.score)[:10]: print(f"{word.score:9.3g}  {word.text}")
@@ -273,13 +268,12 @@ def train_command(args) -> None:
     "Fine-tunes or aligns a language model as a settings file says"
     from ultra_nb.data import asset
     from ultra_nb.records import foreign, read_json
+    from ultra_nb.summarization import train, training_settings
     path = Path(args.settings) if Path(args.settings).exists() else asset(f"{args.settings}.json")
-    settings = read_json(path)
-    settings |= {key: value for key in ("model", "data") if (value := getattr(args, key))}
+    settings = training_settings(read_json(path), args.model, args.data)
     kept = Path(args.out) / "settings.json"
     if kept.exists() and read_json(kept) != settings: raise ValueError(f"{args.out} holds a training with other settings; name another folder")
     if not kept.exists() and Path(args.out).exists() and foreign(args.out): raise ValueError(f"{args.out} holds other files; name a new folder")
-    from ultra_nb.summarization import train
     train(settings, args.out)
     print(args.out)
 
@@ -372,10 +366,10 @@ def _size(text):
     return sizes[0] if len(sizes) == 1 else sizes
 
 def _device(text):
-    import torch
-    try: known = torch.device(text).type in ("cpu", "cuda", "mps") and torch.empty(0, device=text).numel() == 0
-    except (RuntimeError, AssertionError): known = False
-    if not known: raise argparse.ArgumentTypeError(f"no device {text!r} here; try cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    import torch, warnings
+    try:
+        with warnings.catch_warnings(action="ignore"): torch.zeros(1, device=text).item()
+    except Exception: raise argparse.ArgumentTypeError(f"no device {text!r} here; try cpu" + (" or cuda" if torch.cuda.is_available() else ""))
     return text
 
 def _entry(text):
@@ -477,12 +471,12 @@ def parser() -> argparse.ArgumentParser:
     _common(fit_w, mode="diagonal", picture=False)
     fit_w.add_argument("--images", dest="limit", type=int, action=_From, default=256, metavar="N", help="the first N images (default: %(default)s)")
     fit_w.add_argument("--k", type=int, default=4, metavar="K", help="segments an image (default: %(default)s)")
-    fit_w.add_argument("--delta", type=float, action=_From, low=0, high=1e6, default=1., metavar="D", help="strength of the perturbation (default: %(default)s)")
+    fit_w.add_argument("--delta", type=float, default=1., metavar="D", help="strength of the perturbation (default: %(default)s)")
     fit_w.add_argument("--kind", choices=("noise", "mean", "blur"), default="noise", help="what perturbs: noise, the mean colour, blur (default: %(default)s)")
     fit_w.add_argument("--start", choices=("ones", "random"), default="ones", help="where W starts (default: %(default)s)")
     fit_w.add_argument("--shared", action="store_true", help="one w for all tokens")
     fit_w.add_argument("--passes", type=int, action=_From, default=3, metavar="N", help="passes over the images at most (default: %(default)s)")
-    fit_w.add_argument("--lr", type=float, action=_From, low=1e-9, high=1e3, default=1e-3, metavar="LR", help="learning rate of Adam (default: %(default)s)")
+    fit_w.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="learning rate of Adam (default: %(default)s)")
     fit_w.add_argument("--seed", default=0, **SEED, help="order of the images, held-out part and noise (default: %(default)s)")
     fit_w.add_argument("--out", default="W.safetensors", metavar="W.safetensors", help="file to write (default: %(default)s)")
     fit_w.add_argument("--force", action="store_true", help="replace a file that exists")
@@ -552,6 +546,7 @@ def _terminal():
     for fd in range(3):
         try: os.fstat(fd)
         except OSError: os.open(os.devnull, os.O_RDWR) # gets the lowest number that is free
+    sys.stdin = sys.stdin or open(0)
     out, err = (_Terminal(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): yield
 

@@ -20,10 +20,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import t as student
 from torch import Tensor
 from .data import IGNORE, Pictures, Sample
-from .explanation_maps import explain, latents, patch_of, suppress_self, upsample
+from .explanation_maps import explain, latents, patch_of, suppress_self
 from .models import Backbone
 from .records import Result, measure
-from .segmentation import cluster_tree, cut, segment
+from .segmentation import cluster_tree, cut, largest, segment
 
 # %% ../nbs/10_evaluation.ipynb #62de13cd
 class Confusion:
@@ -149,7 +149,7 @@ class Case:
     def spread(self, clusters:np.ndarray, grid:tuple|None=None) -> np.ndarray: # [H, W]
         "A label per cell of a grid [h*w] (None = per patch), interpolated to pixels as eq. 8 does: the cluster with most weight"
         members = torch.nn.functional.one_hot(torch.as_tensor(clusters).long()).T.float()
-        return upsample(members, grid or self.backbone.grid, self.size).argmax(0).numpy()
+        return largest(members, grid or self.backbone.grid, self.size)
 
 # %% ../nbs/10_evaluation.ipynb #efcc8186
 def ultra(scalar="sum" # as in `explain`
@@ -320,6 +320,7 @@ def evaluate(backbone:Backbone, # a vision backbone
     if protocol.startswith("dataset"): _check_clusters(classes if clusters is None else clusters, min(len(dataset), limit or len(dataset)), dict(case, classes=classes), len(backbone.patches))
     work = lambda sample: row_of(Case(backbone, sample, **case), methods, protocol.startswith("dataset"))
     def metrics(rows):
+        if not any(row["classes"] for row in rows): raise ValueError("the masks ignore every pixel of every image")
         tables = {m: confusions(rows, m, classes, protocol, clusters, seed) for m in methods}
         iou = {m: [None if np.isnan(v) else v for v in Confusion(classes, t.sum(0)).iou] for m, t in tables.items()}
         return {m: metrics_of(t) for m, t in tables.items()}, dict(iou=iou)

@@ -12,7 +12,7 @@ __all__ = ['PAPER_DATA', 'PAPER_MODELS', 'PAPER_SCALARS', 'PROFILES', 'ENTRIES',
            'report_page']
 
 # %% ../nbs/12_reproduction.ipynb #d614a54c
-import base64, hashlib, json, statistics, time
+import base64, hashlib, json, statistics, sys, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ from .interpretability_metrics import EXPLAINERS, KINDS, SIGNS, chosen_patches, 
 from .models import Backbone, checksum, embedded, load, names, where
 from .preliminaries import attention_tap, class_map, contribution, forward
 from .records import Result, device_name, foreign, read_json, sealed, told, unsealed, write_bytes, write_json, write_record
-from .segmentation import segment
+from .segmentation import largest, segment
 from .self_consistency import fit_projection, load_projection
 from .summarization import contribution_scores, text_figure
 
@@ -397,7 +397,7 @@ def class_logit_maps(backbone:Backbone, # a classifier, or a CLIP with its text 
     def method(case):
         with torch.no_grad(): likely = head(backbone.model(case.inputs))[0].argsort(descending=True)[:case.segments]
         maps = class_map(backbone.model, case.inputs.expand(len(likely), -1, -1, -1), lambda out: head(out)[range(len(likely)), likely], backbone.prefix)
-        return upsample(minmax(maps), backbone.grid, case.size).argmax(0).cpu().numpy()
+        return largest(minmax(maps), backbone.grid, case.size)
     return method
 
 @torch.no_grad()
@@ -413,8 +413,12 @@ def comparisons(backbone:Backbone, # a vision backbone
     "All baselines that this model allows"
     rows = lambda explainer: lambda case: case.segment(patch_maps(explainer, backbone, case.inputs, case.layer, backbone.patches))
     found = BASELINES | {"rollout": rows(EXPLAINERS["rollout"]), "LeGrad": rows(EXPLAINERS["LeGrad"])}
-    if backbone.clip is not None and hasattr(backbone.clip, "encode_text"): return found | {"class maps": class_logit_maps(backbone, names)}
-    return found | ({"class maps": class_logit_maps(backbone)} if getattr(backbone.model, "num_classes", 0) else {})
+    told = backbone.clip is not None and hasattr(backbone.clip, "encode_text")
+    if not told and not getattr(backbone.model, "num_classes", 0): return found
+    try: return found | {"class maps": class_logit_maps(backbone, names if told else None)}
+    except ValueError as error: # classes that the model has no words for
+        print(f"class maps are left out: {error}", file=sys.stderr)
+        return found
 
 # %% ../nbs/12_reproduction.ipynb #e6db25b8
 def figure2(cases:Sequence[Case], # images, a column each
