@@ -2,6 +2,7 @@
 import html, json, re
 import pytest
 from ultra_nb.cli import ENTRY_NAMES, main
+from ultra_nb.records import read_json, sealed, unsealed, write_json
 from ultra_nb.reproduction import report_page
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,10 @@ def test_every_entry_has_its_status(report):
 
 def test_what_is_in_records_is_escaped(report, tmp_path):
     (tmp_path / "records").mkdir()
-    record = json.loads((report / "records/fig1.json").read_text())
+    record = unsealed(read_json(report / "records/fig1.json"))
     record["settings"] |= dict(shown="<script>alert(1)</script>", files={}, missing=["<b>&"])
-    (tmp_path / "records/fig1.json").write_text(json.dumps(record))
-    (tmp_path / "reproduction.json").write_text(json.dumps(dict(profile="paper", lacking=["<img src=x>"])))
+    write_json(tmp_path / "records/fig1.json", sealed(record))
+    write_json(tmp_path / "reproduction.json", sealed(dict(profile="paper", lacking=["<img src=x>"])))
     (tmp_path / "problems.json").write_text(json.dumps(dict(fig2="<i>no</i>")))
     page = report_page(tmp_path)
     assert not re.search(r"<script|<b>|<img|<i>", page) and "&lt;script&gt;" in page and "&lt;i&gt;no" in page

@@ -20,10 +20,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import t as student
 from torch import Tensor
 from .data import IGNORE, Pictures, Sample
-from .explanation_maps import explain, latents, patch_of, suppress_self, upsample
+from .explanation_maps import explain, latents, patch_of, suppress_self
 from .models import Backbone
 from .records import Result, measure
-from .segmentation import cluster_tree, cut, segment
+from .segmentation import cluster_tree, cut, largest, segment
 
 # %% ../nbs/10_evaluation.ipynb #62de13cd
 class Confusion:
@@ -149,7 +149,7 @@ class Case:
     def spread(self, clusters:np.ndarray, grid:tuple|None=None) -> np.ndarray: # [H, W]
         "A label per cell of a grid [h*w] (None = per patch), interpolated to pixels as eq. 8 does: the cluster with most weight"
         members = torch.nn.functional.one_hot(torch.as_tensor(clusters).long()).T.float()
-        return upsample(members, grid or self.backbone.grid, self.size).argmax(0).numpy()
+        return largest(members, grid or self.backbone.grid, self.size)
 
 # %% ../nbs/10_evaluation.ipynb #efcc8186
 def ultra(scalar="sum" # as in `explain`
@@ -317,8 +317,10 @@ def evaluate(backbone:Backbone, # a vision backbone
     "Segments every image, matches by the protocol, reports with intervals. Raises ValueError for settings that cannot work, and where `out` holds another run; images that cannot be read end up in `bad`"
     methods = ULTRA if methods is None else methods
     case, classes = _checked(backbone, protocol, methods, case), len(dataset.classes)
+    if protocol.startswith("dataset"): _check_clusters(classes if clusters is None else clusters, min(len(dataset), limit or len(dataset)), dict(case, classes=classes), len(backbone.patches))
     work = lambda sample: row_of(Case(backbone, sample, **case), methods, protocol.startswith("dataset"))
     def metrics(rows):
+        if not any(row["classes"] for row in rows): raise ValueError("the masks ignore every pixel of every image")
         tables = {m: confusions(rows, m, classes, protocol, clusters, seed) for m in methods}
         iou = {m: [None if np.isnan(v) else v for v in Confusion(classes, t.sum(0)).iou] for m, t in tables.items()}
         return {m: metrics_of(t) for m, t in tables.items()}, dict(iou=iou)
@@ -335,4 +337,11 @@ def _checked(backbone, protocol, methods, case):
     k, patches = case["k"], len(backbone.patches)
     if isinstance(k, int) and not 1 <= k <= patches: raise ValueError(f"k={k}: choose 1 to {patches}, the number of patch tokens, or 'classes'")
     if isinstance(k, str) and k != "classes": raise ValueError(f"k={k!r}: give a number, or 'classes'")
+    if k is None and not 0 <= case["threshold"] < np.inf: raise ValueError(f"threshold={case['threshold']}: give a distance, a number from 0")
     return case | dict(layer=backbone.layer(case["layer"]))
+
+def _check_clusters(clusters, images, case, patches):
+    "ValueError for more clusters than there can be segments"
+    each = patches if case["k"] is None else case["classes"] if case["k"] == "classes" else case["k"]
+    if clusters < 1: raise ValueError(f"clusters={clusters}: it must be at least 1")
+    if images * each < clusters: raise ValueError(f"{images * each} segments cannot make {clusters} clusters; take more images, or an image protocol")

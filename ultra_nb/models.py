@@ -7,19 +7,19 @@ __all__ = ['preprocess', 'layer_of', 'Backbone', 'entering', 'wrap', 'WeightsErr
            'describe', 'misfit', 'compare', 'fetch', 'shards', 'fetch_folder', 'embedded', 'names', 'where', 'load']
 
 # %% ../nbs/01_models.ipynb #1297bc57
-import argparse, difflib, hashlib, inspect, json, pickle, re, ssl, zipfile
+import argparse, difflib, hashlib, inspect, json, pickle, re, threading, warnings, zipfile
+from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
 
+from .data import to_rgb
 from .preliminaries import find_blocks
 
 # %% ../nbs/01_models.ipynb #e6fcd259
@@ -30,7 +30,7 @@ def preprocess(
 ): # PIL image of any size and mode -> float tensor [3, H, W]
     "The whole picture resized to `size` (antialiased bicubic, no crop) and normalised"
     from torchvision.transforms import v2
-    return v2.Compose([v2.RGB(), v2.Resize(list(size), v2.InterpolationMode.BICUBIC, antialias=True), v2.ToImage(),
+    return v2.Compose([to_rgb, v2.Resize(list(size), v2.InterpolationMode.BICUBIC, antialias=True), v2.ToImage(),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
 # %% ../nbs/01_models.ipynb #487cb98a
@@ -191,7 +191,8 @@ def _load_pickle(
     if _is_torchscript(file):
         raise WeightsError(f"{file} is a TorchScript archive, which holds code: convert its state dict to safetensors, or download the model's .safetensors file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         code = re.search(r"(?:GLOBAL|[Uu]nsupported class|unrecognized function|instantiate) (\S+)", str(e))
         if not code: raise WeightsError(f"{file} is not a weights file: expected .safetensors, or a state dict written by torch.save") from None
@@ -213,16 +214,29 @@ def unwrap(
 def read_weights(
     file, # a .safetensors file, or a state dict written by torch.save
 ) -> dict: # name -> tensor, on the CPU
-    "The tensors in a weights file, unwrapped. `FileNotFoundError` when missing, `WeightsError` when empty, incomplete, not weights, holding code, or not finite"
+    """The tensors in a weights file, unwrapped. `FileNotFoundError` when missing, `WeightsError` when empty, incomplete,
+    not weights, holding code, or not finite floating-point numbers"""
     file = Path(file).expanduser()
     if not file.exists(): raise FileNotFoundError(f"there is no weights file {file}")
     if not file.is_file(): raise WeightsError(f"{file} is a folder: give the weights file itself")
     if not file.stat().st_size: raise WeightsError(f"{file} is empty (0 bytes): fetch it again")
     state = unwrap(_load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file))
     if not state: raise WeightsError(f"{file} holds no tensors: expected a state dict")
-    bad = next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), None)
-    if bad: raise WeightsError(f"{file} has NaN or infinite values in {bad}: the file is damaged or its training diverged")
+    wrong = next(filter(None, map(_wrong, state, state.values())), None)
+    if wrong: raise WeightsError(f"{file} has {wrong}")
     return state
+
+def _wrong(
+    name:str, # of a tensor
+    tensor:torch.Tensor, # as it was read
+) -> str|None: # None when nothing is
+    "What makes a tensor no weights of a model; a buffer may hold whole numbers, a weight may not"
+    if tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        return f"in {name} a sparse, nested, quantised or empty tensor: save the weights as plain ones"
+    if tensor.is_complex() or not tensor.is_floating_point() and name.endswith("weight"):
+        return f"{str(tensor.dtype).removeprefix('torch.')} numbers in {name}: weights are floating-point ones"
+    if not tensor.isfinite().all():
+        return f"NaN or infinite values in {name}: the file is damaged or its training diverged"
 
 def _load_safetensors(
     file:Path, # a .safetensors file
@@ -299,56 +313,77 @@ def _unreachable(
     "The error for weights that cannot be fetched, with the local way spelled out"
     why = {"GatedRepoError": "its authors want their licence accepted first: do so on its page, then `hf auth login`",
            "RepositoryNotFoundError": "there is no such repository, or you have no access to it",
-           "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set"}.get(type(why).__name__, f"no connection: {_line(getattr(why, 'reason', why), 80)}")
+           "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set"}.get(type(why).__name__, f"no good answer: {_line(why, 80)}")
     return WeightsError(f"cannot fetch {repo} from the hub ({why}); download {files} from https://huggingface.co/{repo} and use load({name!r}, weights={what}), "
                         f"or --weights {what} on the command line")
 
-def _reach(
+def _listed(
+    repo:str, # hub repository
     seconds:float, # limit
-):
-    "Raise unless the hub answers, whatever it answers; a certificate that urllib does not know is left to huggingface_hub"
-    from huggingface_hub import constants
+) -> set: # names of its files
+    "What the hub says is in `repo`; raises what went wrong, `TimeoutError` where that takes too long"
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import OfflineModeIsEnabled
     if constants.HF_HUB_OFFLINE: raise OfflineModeIsEnabled()
-    try: urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
-    except HTTPError: pass
-    except URLError as e:
-        if not isinstance(e.reason, ssl.SSLError): raise
+    answer = Future()
+    def ask():
+        try: answer.set_result({file.rfilename for file in HfApi().model_info(repo, timeout=seconds).siblings})
+        except Exception as e: answer.set_exception(e)
+    threading.Thread(target=ask, daemon=True).start() # each byte that comes puts off a socket's own limit
+    try: return answer.result(seconds)
+    except TimeoutError: raise TimeoutError(f"no answer within {seconds} seconds") from None
 
 def fetch(
     repo:str, # hub repository, owner/name
     files:list, # file names, best first
     name:str, # as given to `load`, for the error
-    seconds:float = 5, # limit for the hub's first answer
+    seconds:float = 5, # limit for each of the hub's two answers before the download
 ) -> Path:
     "The first of `files` that `repo` has: from the local cache, else downloaded; `WeightsError` within seconds without a network"
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
     cached = [p for f in files if isinstance(p := try_to_load_from_cache(repo, f), str)]
     if cached: return Path(cached[0])
     try:
-        _reach(seconds)
-        for f in files[:-1]:
-            try: return Path(hf_hub_download(repo, f))
-            except EntryNotFoundError: pass
-        return Path(hf_hub_download(repo, files[-1]))
+        there = _listed(repo, seconds)
+        return Path(hf_hub_download(repo, next((f for f in files if f in there), files[-1]), etag_timeout=seconds))
     except Exception as e: raise _unreachable(repo, files[0], name, "FILE", e) from None
 
 # %% ../nbs/01_models.ipynb #e44ce64b
+def _json(
+    file:Path, # a JSON file
+) -> dict:
+    "The object in a JSON file; `WeightsError` when there is none"
+    try: found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(f"{file} is not a JSON file, or not all of one ({_line(e, 80)}): fetch it again") from None
+    if not isinstance(found, dict): raise WeightsError(f"{file} holds no JSON object: fetch it again")
+    return found
+
 def shards(
     folder, # a transformers model folder
 ) -> list: # its weights files, safetensors first; empty when it has none
-    "The weights files of `folder`, in order"
+    "The weights files of `folder`, in order; `WeightsError` for an index that is none or that names files elsewhere"
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = Path(folder)/f"{name}.index.json"
-        if index.exists(): return [Path(folder)/f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if index.exists(): return _indexed(index)
         if (Path(folder)/name).exists(): return [Path(folder)/name]
     return []
+
+def _indexed(
+    index:Path, # index of a model in several files
+) -> list: # those files
+    "The files that an index names, all beside it"
+    try: files = sorted(set(_json(index)["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError):
+        raise WeightsError(f"{index} is no index of weights files: it has no weight_map from names to files") from None
+    elsewhere = [f for f in files if not isinstance(f, str) or Path(f).name != f]
+    if elsewhere: raise WeightsError(f"{index} names {elsewhere[0]}, which is no file beside it")
+    return [index.parent/f for f in files]
 
 def fetch_folder(
     repo:str, # hub repository of a transformers model, owner/name
     name:str, # as given to `load`, for the error
-    seconds:float = 5, # limit for the hub's first answer
+    seconds:float = 5, # limit for the hub's first answers
 ) -> Path:
     "A local copy of `repo` with all its weights: from the cache, else downloaded; `WeightsError` within seconds without a network"
     from huggingface_hub import snapshot_download
@@ -357,9 +392,11 @@ def fetch_folder(
         if complete(folder := snapshot_download(repo, local_files_only=True)): return Path(folder)
     except FileNotFoundError: pass
     try:
-        _reach(seconds)
+        _listed(repo, seconds)
         for kind in ("*.safetensors", "*.bin"):
-            if complete(folder := snapshot_download(repo, allow_patterns=["*.json", "*.model", "*.txt", kind])): return Path(folder)
+            wanted = ["*.json", "*.model", "*.txt", kind]
+            folder = snapshot_download(repo, allow_patterns=wanted, etag_timeout=seconds)
+            if complete(folder): return Path(folder)
     except Exception as e: raise _unreachable(repo, "the folder (*.json, tokenizer files, *.safetensors)", name, "FOLDER", e) from None
     raise WeightsError(f"{repo} holds no weights that transformers reads (model.safetensors or pytorch_model.bin)")
 
@@ -578,9 +615,10 @@ def _from_state(
     dtype, # of the parameters
 ) -> tuple: # the model, and what does not fit (empty when all does)
     "The transformers model that `cfg` describes with the weights in `state`"
-    with torch.device("meta"): cls = type(_auto(cfg).from_config(cfg))
+    with torch.device("meta"): cls = type(_auto(cfg).from_config(cfg, trust_remote_code=False))
     options = {"attn_implementation": "sdpa", "dtype" if hasattr(cfg, "dtype") else "torch_dtype": dtype}
-    model, info = cls.from_pretrained(None, config=cfg, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, info = cls.from_pretrained(None, config=cfg, state_dict=dict(state), output_loading_info=True,
+                                      ignore_mismatched_sizes=True, trust_remote_code=False, **options)
     inner = f"{cls.base_model_prefix}."
     beside = any(k.startswith(inner) for k in state)
     missing = [k for k in info["missing_keys"] if not k.startswith("pooler.")]
@@ -602,7 +640,7 @@ def _normalisation(
     "Mean and standard deviation of the pictures a transformers model was trained on"
     for file, key in [("preprocessor_config.json", None), ("processor_config.json", "image_processor")]:
         if not (folder/file).exists(): continue
-        cfg = json.loads((folder/file).read_text())
+        cfg = _json(folder/file)
         cfg = cfg.get(key, {}) if key else cfg
         if "image_mean" in cfg: return dict(mean=tuple(cfg["image_mean"]), std=tuple(cfg["image_std"]))
     return {}
@@ -632,7 +670,8 @@ def _tokenizer(
     try: return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
         if not (folder/"tokenizer.json").exists(): raise ValueError(f"the tokenizer in {folder} cannot be opened: {_line(e)}") from None
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try: return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e: raise ValueError(f"the tokenizer in {folder} cannot be opened: {_line(e)}") from None
 
 def _transformers(
     spec:str, # local folder or hub repository
@@ -671,8 +710,14 @@ def _encode(
     tokenizer, # a Tokenizer of the tokenizers library
     texts, # one text or a list of B
 ) -> torch.Tensor: # ids [B, context length]
-    "Texts as an open_clip text tower wants them"
-    return torch.tensor([e.ids for e in tokenizer.encode_batch([texts] if isinstance(texts, str) else list(texts))])
+    "Texts as an open_clip text tower wants them; `ValueError` naming those that the tokenizer has no words for"
+    ids, unknown = [], []
+    for text in [texts] if isinstance(texts, str) else texts:
+        try: ids.append(tokenizer.encode(text).ids)
+        except Exception: unknown.append(text) # the library has no class of its own for it
+    few = "; ".join(unknown[:3] + [".."] * (len(unknown) > 3))
+    if unknown: raise ValueError(f"the tokenizer does not know every word of {few}")
+    return torch.tensor(ids)
 
 def _words(
     length:int, # context length of the text tower

@@ -12,7 +12,7 @@ __all__ = ['PAPER_DATA', 'PAPER_MODELS', 'PAPER_SCALARS', 'PROFILES', 'ENTRIES',
            'report_page']
 
 # %% ../nbs/12_reproduction.ipynb #d614a54c
-import base64, hashlib, json, statistics, time
+import base64, hashlib, json, statistics, sys, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -39,8 +39,8 @@ from .figures import ACCENT, INK, SQUARE, blend, charts, line, palette, panels, 
 from .interpretability_metrics import EXPLAINERS, KINDS, SIGNS, chosen_patches, image_seed, itiou_test, patch_maps, perturb, perturbation_test, random_rows, ultra_rows
 from .models import Backbone, checksum, embedded, load, names, where
 from .preliminaries import attention_tap, class_map, contribution, forward
-from .records import Result, device_name, told, write_bytes, write_json, write_record
-from .segmentation import segment
+from .records import Result, device_name, foreign, read_json, sealed, told, unsealed, write_bytes, write_json, write_record
+from .segmentation import largest, segment
 from .self_consistency import fit_projection, load_projection
 from .summarization import contribution_scores, text_figure
 
@@ -398,7 +398,7 @@ def class_logit_maps(backbone:Backbone, # a classifier, or a CLIP with its text 
         with torch.no_grad(): likely = head(backbone.model(case.inputs))[0].argsort(descending=True)[:case.segments]
         inputs, logits = case.inputs.expand(len(likely), -1, -1, -1), lambda out: head(out)[range(len(likely)), likely]
         maps = class_map(backbone.model, inputs, logits, backbone.prefix, blocks=backbone.blocks)
-        return upsample(minmax(maps), backbone.grid, case.size).argmax(0).cpu().numpy()
+        return largest(minmax(maps), backbone.grid, case.size)
     return method
 
 @torch.no_grad()
@@ -414,8 +414,12 @@ def comparisons(backbone:Backbone, # a vision backbone
     "All baselines that this model allows"
     rows = lambda explainer: lambda case: case.segment(patch_maps(explainer, backbone, case.inputs, case.layer, backbone.patches))
     found = BASELINES | {"rollout": rows(EXPLAINERS["rollout"]), "LeGrad": rows(EXPLAINERS["LeGrad"])}
-    if backbone.clip is not None and hasattr(backbone.clip, "encode_text"): return found | {"class maps": class_logit_maps(backbone, names)}
-    return found | ({"class maps": class_logit_maps(backbone)} if getattr(backbone.model, "num_classes", 0) else {})
+    told = backbone.clip is not None and hasattr(backbone.clip, "encode_text")
+    if not told and not getattr(backbone.model, "num_classes", 0): return found
+    try: return found | {"class maps": class_logit_maps(backbone, names if told else None)}
+    except ValueError as error: # classes that the model has no words for
+        print(f"class maps are left out: {error}", file=sys.stderr)
+        return found
 
 # %% ../nbs/12_reproduction.ipynb #e6db25b8
 def figure2(cases:Sequence[Case], # images, a column each
@@ -837,9 +841,17 @@ def _label(settings):
     return ", ".join([settings["model"], settings["dataset"], *(f"{key} {settings[key]}" for key in ("layer", "threshold", "taus", "shares") if settings.get(key) is not None)])
 
 def _record(out, name):
-    "The record of an entry; None where there is none"
-    path = Path(out) / "records" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    "The record of an entry; None where there is none as it was written, with files of this folder only"
+    try: record = unsealed(read_json(Path(out) / "records" / f"{name}.json"))
+    except (FileNotFoundError, ValueError): return None
+    here = Path(out).resolve()
+    return record if record and all((here / file).resolve().is_relative_to(here) for file in record["settings"]["files"]) else None
+
+def _amiss(out, record):
+    "What is wrong with the files of a record; None when nothing is"
+    for file, kept in record["settings"]["files"].items():
+        if not (Path(out) / file).exists(): return f"{file} is gone"
+        if sha256(Path(out) / file) != kept["sha256"]: return f"{file} was changed"
 
 def _standing(s, name):
     "What keeps an entry from being complete; None when nothing does"
@@ -847,25 +859,30 @@ def _standing(s, name):
     if record is None: return "not there yet"
     changed = [key for key, value in json.loads(json.dumps(s.state())).items() if record["settings"]["state"].get(key) != value]
     if changed: return f"made with other {', '.join(changed)}"
-    for file, kept in record["settings"]["files"].items():
-        if not (s.out / file).exists(): return f"{file} is gone"
-        if sha256(s.out / file) != kept["sha256"]: return f"{file} was changed"
+    return _amiss(s.out, record)
+
+def _noted(out):
+    "What is noted about a reproduction; {} where nothing is yet. Raises ValueError for a note that was changed"
+    path = Path(out) / "reproduction.json"
+    if not path.exists(): return {}
+    if (found := unsealed(read_json(path))) is None: raise ValueError(f"{path} is damaged: name another folder")
+    return found
 
 def _fit(s, resume):
     "Refuses a folder that is not a reproduction of this profile"
-    path = s.out / "reproduction.json"
     if s.out.is_file(): raise ValueError(f"{s.out} is a file; name a folder")
-    there = [p.name for p in s.out.iterdir() if p.name != ".lock"] if s.out.exists() else []
+    there = foreign(s.out) if s.out.exists() else []
     if there and not resume: raise ValueError(f"{s.out} is not empty; name a new folder")
-    if there and not path.exists(): raise ValueError(f"{s.out} holds other files ({', '.join(sorted(there)[:3])}); name a new folder")
-    if there and (kept := json.loads(path.read_text())["profile"]) != s.profile.name: raise ValueError(f"{s.out} holds the {kept} profile, not {s.profile.name}; name another folder")
+    kept = _noted(s.out)
+    if there and not kept: raise ValueError(f"{s.out} holds other files ({', '.join(there[:3])}); name a new folder")
+    if there and kept["profile"] != s.profile.name: raise ValueError(f"{s.out} holds the {kept['profile']} profile, not {s.profile.name}; name another folder")
 
 def _claim(s):
     "Notes the profile, what is lacking, and where weights and data lie, so that a later start need not be told"
-    path = s.out / "reproduction.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept, texts = _noted(s.out), lambda places: {name: str(path) for name, path in places.items()}
     s.weights, s.roots = kept.get("weights", {}) | s.weights, kept.get("roots", {}) | s.roots
-    write_json(path, dict(profile=s.profile.name, weights={k: str(v) for k, v in s.weights.items()}, roots={k: str(v) for k, v in s.roots.items()}, lacking=s.missing(ENTRIES)))
+    note = dict(profile=s.profile.name, weights=texts(s.weights), roots=texts(s.roots), lacking=s.missing(ENTRIES))
+    write_json(s.out / "reproduction.json", sealed(note))
 
 @contextmanager
 def _alone(out):
@@ -916,8 +933,9 @@ def _attempt(s, name, why, say):
 
 def _problems(out):
     "What an earlier start could not make"
-    path = Path(out) / "problems.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try: found = read_json(Path(out) / "problems.json")
+    except (FileNotFoundError, ValueError): return {}
+    return {name: why for name, why in found.items() if name in ENTRIES and isinstance(why, str)}
 
 def entries() -> list[str]: # names, tables first
     "Every table and figure of the paper"
@@ -963,8 +981,9 @@ STATUS = {"reproduced": "on the paper's models and data", "in part": "on a part 
 
 def _section(out, profile, problems, name):
     "One table or figure as the report's template wants it"
-    record, entry = _record(out, name), ENTRIES[name]
-    found = dict(name=name, label=name.replace("table", "Table ").replace("fig", "Figure "), title=entry.title, needs=entry.needs, record=record, why=problems.get(name), figures=[], tables=[])
+    record, entry, why = _record(out, name), ENTRIES[name], problems.get(name)
+    if record and (amiss := _amiss(out, record)): record, why = None, f"{amiss}: ultra-nb reproduce {name} makes it again"
+    found = dict(name=name, label=name.replace("table", "Table ").replace("fig", "Figure "), title=entry.title, needs=entry.needs, record=record, why=why, figures=[], tables=[])
     if record is None: found |= dict(status="not run", why=found["why"] or f"not asked for: ultra-nb reproduce {name}")
     else: found["status"] = "embedded only" if profile == "embedded" else "in part" if record["settings"]["missing"] or record["settings"]["state"]["limit"] or name.startswith("fig") else "reproduced"
     for file, kept in (record["settings"]["files"] if record else {}).items():
@@ -986,7 +1005,7 @@ def report_page(out:str|Path # folder of a reproduction
                ) -> str: # HTML
     "The report as one page that needs nothing else"
     from jinja2 import Environment
-    profile, problems = json.loads((Path(out) / "reproduction.json").read_text()), _problems(out)
+    profile, problems = _noted(out), _problems(out)
     sections = [_section(out, profile["profile"], problems, name) for name in entries()]
     records = [s["record"] for s in sections if s["record"]]
     last = max(records, key=lambda r: r["seconds"], default=None)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXT_CONTROLS', 'Joined', 'join', 'Scores', 'contribution_scores', 'Word', 'words_of', 'word_scores', 'text_page',
-           'text_figure', 'as_pairs', 'train_sft', 'train_dpo', 'pretrained', 'train', 'log_likelihood',
-           'preference_test', 'summarize', 'summary_test', 'word_auc', 'without', 'gradient_scores', 'erasing_scores',
-           'word_test', 'parameters', 'training_memory', 'explaining_memory']
+           'text_figure', 'as_pairs', 'train_sft', 'train_dpo', 'pretrained', 'training_settings', 'train',
+           'log_likelihood', 'preference_test', 'summarize', 'summary_test', 'word_auc', 'without', 'gradient_scores',
+           'erasing_scores', 'word_test', 'parameters', 'training_memory', 'explaining_memory']
 
 # %% ../nbs/09_summarization.ipynb #4b1bfa4c
 import copy, html, re, textwrap
@@ -21,7 +21,7 @@ from .data import SEPARATOR, read_pairs
 from .explanation_maps import explain
 from .figures import ACCENT, INK, panels
 from .models import Backbone, find_blocks
-from .records import needs, with_intervals
+from .records import needs, with_intervals, write_json
 
 # %% ../nbs/09_summarization.ipynb #459b038d
 @dataclass
@@ -43,6 +43,8 @@ def join(tokenizer, # a fast tokenizer of transformers
     "One sequence for a causal model. Raises ValueError for empty sides, a tokenizer without offsets or without the separator, and a sequence that does not fit"
     for side, text in (("context", context), ("summary", summary)):
         if not text.strip(): raise ValueError(f"the {side} is empty")
+        try: text.encode()
+        except UnicodeEncodeError: raise ValueError(f"the {side} holds bytes that are no text in UTF-8") from None
     if not getattr(tokenizer, "is_fast", False): raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: load a fast tokenizer (AutoTokenizer with use_fast=True)")
     known = tokenizer(separator, add_special_tokens=False)["input_ids"]
     if not known or tokenizer.unk_token_id is not None and tokenizer.unk_token_id in known: raise ValueError(f"the tokenizer has no tokens for the separator {separator!r}: pass separator= a text that it knows")
@@ -122,10 +124,10 @@ def words_of(context:str) -> list[Word]:
 def word_scores(found:Scores) -> list[Word]:
     "Scores of the context's words, in order"
     words = words_of(found.context)
-    ends, total = [w.end for w in words], np.zeros(len(words))
-    for (start, end), score in zip(found.offsets, found.scores.tolist()):
-        solid = len(found.context[start:end].rstrip())
-        total[min(np.searchsorted(ends, start + solid if solid else end), len(ends) - 1)] += score
+    solid = [start + len(found.context[start:end].rstrip()) for start, end in found.offsets]
+    last = [s if s > start else end for s, (start, end) in zip(solid, found.offsets)]
+    place = np.searchsorted([w.end for w in words], last).clip(max=len(words) - 1)
+    total = np.bincount(place, found.scores.double().cpu().numpy(), len(words))
     return [replace(w, score=float(score)) for w, score in zip(words, total)]
 
 # %% ../nbs/09_summarization.ipynb #f3bea516
@@ -226,18 +228,36 @@ def pretrained(name:str, # folder, or repository of the hub
               ) -> tuple: # causal model, tokenizer
     "A causal language model to train. Raises ValueError, one line, where it cannot be had"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    try: model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa"), AutoTokenizer.from_pretrained(name)
+    try:
+        options = dict(dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as e: raise ValueError(f"no causal language model and tokenizer from {name} ({' '.join(str(e).split())[:160]}): for a gated repository accept its terms and run hf auth login, or pass the path of a folder with its files") from None
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
+def training_settings(settings, # a settings file's content
+                      model:str|None=None, data:str|None=None # instead of its own
+                     ) -> dict:
+    "Settings of a training. Raises ValueError for those that cannot work"
+    if not isinstance(settings, dict): raise ValueError("settings of a training are a JSON object: stage, model, data")
+    settings = settings | {key: value for key, value in dict(model=model, data=data).items() if value is not None}
+    given = settings.get
+    if given("stage") not in ("sft", "dpo"): raise ValueError(f"stage={given('stage')!r}: choose sft or dpo")
+    for name in ("model", "data"):
+        if not isinstance(given(name), str): raise ValueError(f"{name}={given(name)!r}: a path, or a repository of the hub")
+    for name in ("arguments", "lora"):
+        if not isinstance(given(name) or {}, dict): raise ValueError(f"{name}={given(name)!r}: give names and values")
+    return settings
+
 def train(settings:dict, # stage, model, data, arguments, lora: a settings file's content
           out:str|Path) -> nn.Module:
     "A training described by its settings. Raises ValueError for settings that cannot work"
-    if settings.get("stage") not in ("sft", "dpo"): raise ValueError(f"stage={settings.get('stage')!r}: choose sft or dpo")
+    settings = training_settings(settings)
     pairs = read_pairs(settings["data"], settings.get("split", "train"))
     common = dict(out=out, arguments=settings.get("arguments"), lora=settings.get("lora"))
     model, tokenizer = pretrained(settings["model"])
+    write_json(Path(out) / "settings.json", settings)
     if settings["stage"] == "dpo": return train_dpo(model, tokenizer, pairs, **common)
     return train_sft(model, tokenizer, [dict(prompt=p["prompt"], completion=p["chosen"]) for p in pairs], **common)
 
@@ -265,12 +285,19 @@ def preference_test(model:nn.Module, tokenizer, # of transformers
 @torch.no_grad()
 def summarize(model:nn.Module, tokenizer, # of transformers
               context:str, # what it reads
-              separator:str=SEPARATOR, longest:int=64 # tokens
+              separator:str=SEPARATOR, longest:int=64, # tokens
+              truncate:bool=False # drop the context's end where the window is too small
              ) -> str:
     "A model's own summary, the most likely word at each step. Raises ValueError where the context leaves no room for it"
-    ids = torch.tensor([tokenizer(context + separator)["input_ids"]], device=model.device)
+    joined = join(tokenizer, context, ".", separator) # a stand-in, which is left out again
+    ids, (first, last) = joined.input_ids[:joined.summary_span[0]], joined.context_span
     window = getattr(model.config, "max_position_embeddings", None)
-    if window and ids.shape[1] + longest > window: raise ValueError(f"the context has {ids.shape[1]} tokens; with {longest} of a summary that is {ids.shape[1] + longest - window} more than the model's window of {window}: shorten it")
+    over = max(0, len(ids) + longest - window) if window else 0
+    if over and not truncate:
+        raise ValueError(f"the context has {len(ids)} tokens; with {longest} of a summary that is {over} more than the model's "
+                         f"window of {window}: shorten it, or pass truncate=True (--truncate) to drop its end")
+    if over >= last - first: raise ValueError(f"a summary of {longest} leaves no room in the model's window of {window}")
+    ids = torch.tensor([ids[:last - over] + ids[last:]], device=model.device)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
@@ -356,7 +383,8 @@ def parameters(config # of a causal model of transformers
               ) -> int: # P
     "Number of weights, counted without making them"
     from transformers import AutoModelForCausalLM
-    with torch.device("meta"): return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(p.numel() for p in model.parameters())
 
 def _gib(**parts):
     "Bytes of parts as GiB, with their total"
