@@ -10,7 +10,7 @@ __all__ = ['RANDOM', 'DETACHED', 'paper_block', 'softmax_attention', 'Tap', 'att
 # %% ../nbs/00_preliminaries.ipynb #c6aebd15
 import random, sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from inspect import signature
 from threading import get_ident, local
@@ -400,19 +400,24 @@ def own_attention(attention:list, # what a tap recorded
         raise ValueError(f"{name} has attention of shape {list(A.shape)} over tokens {list(z.shape)}: maps need every token to attend over all {N}, batch first")
     return A
 
+class _Reached(Exception): "The last block that is wanted has run"
+
 def attentions(model:nn.Module, # any transformer
-               blocks:Sequence[nn.Module], # its L blocks in order
-               inputs:Tensor|dict # images [B, C, H, W], or a dict of model inputs
+               blocks:Sequence[nn.Module], # its L blocks in order, or the first of them
+               inputs:Tensor|dict, # images [B, C, H, W], or a dict of model inputs
+               diagonal:bool=False, # of `attention_tap`
+               whole:bool=True # to the model's output, or only as far as the last of `blocks` (then that output is None)
               ) -> tuple: # the model's output, A of each block [B, H, N, N], tokens after the last [B, N, D], later calls
-    "One forward pass under a tap. Raises ValueError as `tape` and `own_attention` do"
-    blocks, calls, found, dice = list(blocks), [0], [], _dice()
-    with attention_tap() as tap:
+    "One forward pass under a tap, in one graph. Raises ValueError as `tape` and `own_attention` do"
+    blocks, calls, found, out, dice = list(blocks), [0], [], None, _dice()
+    with attention_tap(diagonal) as tap:
         def enter(block, args, kwargs): calls.append(len(tap.attention))
         def leave(block, args, out):
             z = tokens_of(block, out)
             found.append((block, own_attention(tap.attention[calls[-1]:], z, block), z))
             calls.append(len(tap.attention))
-        with _Hooked(blocks, enter, leave): out = forward(model, inputs)
+            if not whole and block is blocks[-1]: raise _Reached
+        with _Hooked(blocks, enter, leave), suppress(_Reached): out = forward(model, inputs)
     _check_calls([b for b, _, _ in found], blocks)
     if _dice() != dice: tape(model, blocks, inputs) # is it random, or did it merely ask?
     return out, [A for _, A, _ in found], found[-1][2], len(tap.attention) - calls[-1]
