@@ -56,9 +56,10 @@ def weights(folder):
     from transformers import ViTConfig, ViTModel
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=8), add_pooling_layer=False)
-    for name in ("vit", "pickled"): model.save_pretrained(folder / name)
-    colours = dict(image_mean=[.5, .5, .5], image_std=[.5, .5, .5])
-    (folder / "vit/preprocessor_config.json").write_text(json.dumps(colours))
+    for name in ("vit", "pickled"):
+        model.save_pretrained(folder / name)
+        colours = dict(image_mean=[.5, .5, .5], image_std=[.5, .5, .5])
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(colours))
     (folder / "pickled/model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pickled/pytorch_model.bin")
     learned = dict(provenance={}, history=dict(loss=[1.], angle=[0.]))
@@ -119,7 +120,7 @@ BASE = { # quick commands that work, to be spoiled
     "evaluate": f"{EVALUATE} --limit 2",
     "perturb": "perturb folder --root own --layer 2 --tokens 1 --limit 2",
     "itiou": "itiou folder --root own --layer 2 --limit 2",
-    "fit-w": FIT,
+    "fit-w": f"{FIT} --out new.safetensors",
     "data": "data folder --root own",
     "summarize": SUMMARIZE,
     "train": "train settings.json --out out",
