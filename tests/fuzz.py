@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
+from tqdm import tqdm
 import child
 from crash import contents
 
@@ -306,7 +307,7 @@ def refused(done, argv, new):
     found += [f"a line of {len(line)} characters: {line[:100]}" for line in done.said if len(line) > longest]
     found += [f"no message: {line[:200]}" for line in done.said if NO_MESSAGE.match(line)]
     reported = argv[:1] == ("reproduce",) and "as they should be" in done.out
-    return found + [f"left or changed: {n}" for n in new if not reported]
+    return found + [f"left or changed: {', '.join(new)}"] * bool(new and not reported)
 
 def succeeded(done, new, folder):
     "What is wrong with exit code 0: numbers that are none, files that cannot be opened"
@@ -349,7 +350,7 @@ def drawn(n:int, start:int=0) -> list:
 def kind(case, what):
     "What cases with the same defect have in common"
     command = next((name for name in commands() if " ".join(case[1]).startswith(name)), None)
-    return command, *case[2:3], re.sub(r"\d+|'[^']*'|\"[^\"]*\"|/tmp/\S+", "_", what)[:80]
+    return command, *case[2:3], re.sub(r"\d+|'[^']*'|\"[^\"]*\"|/tmp/\S+|(?<=changed: ).*", "_", what)[:80]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -364,7 +365,7 @@ def main():
     chosen = [case for case in chosen if re.search(args.only, ascii(case))]
     try:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
-            for case, found in zip(chosen, pool.map(wrong, chosen)):
+            for case, found in zip(tqdm(chosen, unit="case"), pool.map(wrong, chosen)):
                 for what in found:
                     if kind(case, what) not in groups: print(ascii(what), ascii(case), flush=True)
                     groups[kind(case, what)].append((ascii(case), what))
