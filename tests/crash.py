@@ -121,7 +121,8 @@ def quiet():
 
 def contents(folder):
     "Every file with its bytes; folders and links in circles with none"
-    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    found = sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in found}
 
 def fresh(command):
     "A folder as the command finds it"

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
+from tqdm import tqdm
 import child
 from crash import contents
 
@@ -56,9 +57,10 @@ def weights(folder):
     from transformers import ViTConfig, ViTModel
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=8), add_pooling_layer=False)
-    for name in ("vit", "pickled"): model.save_pretrained(folder / name)
-    colours = dict(image_mean=[.5, .5, .5], image_std=[.5, .5, .5])
-    (folder / "vit/preprocessor_config.json").write_text(json.dumps(colours))
+    for name in ("vit", "pickled"):
+        model.save_pretrained(folder / name)
+        colours = dict(image_mean=[.5, .5, .5], image_std=[.5, .5, .5])
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(colours))
     (folder / "pickled/model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pickled/pytorch_model.bin")
     learned = dict(provenance={}, history=dict(loss=[1.], angle=[0.]))
@@ -119,7 +121,7 @@ BASE = { # quick commands that work, to be spoiled
     "evaluate": f"{EVALUATE} --limit 2",
     "perturb": "perturb folder --root own --layer 2 --tokens 1 --limit 2",
     "itiou": "itiou folder --root own --layer 2 --limit 2",
-    "fit-w": FIT,
+    "fit-w": f"{FIT} --out new.safetensors",
     "data": "data folder --root own",
     "summarize": SUMMARIZE,
     "train": "train settings.json --out out",
@@ -305,7 +307,7 @@ def refused(done, argv, new):
     found += [f"a line of {len(line)} characters: {line[:100]}" for line in done.said if len(line) > longest]
     found += [f"no message: {line[:200]}" for line in done.said if NO_MESSAGE.match(line)]
     reported = argv[:1] == ("reproduce",) and "as they should be" in done.out
-    return found + [f"left or changed: {n}" for n in new if not reported]
+    return found + [f"left or changed: {', '.join(new)}"] * bool(new and not reported)
 
 def succeeded(done, new, folder):
     "What is wrong with exit code 0: numbers that are none, files that cannot be opened"
@@ -348,7 +350,7 @@ def drawn(n:int, start:int=0) -> list:
 def kind(case, what):
     "What cases with the same defect have in common"
     command = next((name for name in commands() if " ".join(case[1]).startswith(name)), None)
-    return command, *case[2:3], re.sub(r"\d+|'[^']*'|\"[^\"]*\"|/tmp/\S+", "_", what)[:80]
+    return command, *case[2:3], re.sub(r"\d+|'[^']*'|\"[^\"]*\"|/tmp/\S+|(?<=changed: ).*", "_", what)[:80]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -363,7 +365,7 @@ def main():
     chosen = [case for case in chosen if re.search(args.only, ascii(case))]
     try:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
-            for case, found in zip(chosen, pool.map(wrong, chosen)):
+            for case, found in zip(tqdm(chosen, unit="case"), pool.map(wrong, chosen)):
                 for what in found:
                     if kind(case, what) not in groups: print(ascii(what), ascii(case), flush=True)
                     groups[kind(case, what)].append((ascii(case), what))
