@@ -46,8 +46,12 @@ def _writable(path, *endings, force=False):
     if path.is_dir(): raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if path.suffix.lower() not in endings: raise ValueError(f"{path} must end in {' or '.join(endings)}")
     if path.exists() and not force: raise FileExistsError(f"{path} exists already; name another file or pass --force")
-    there = next(p for p in path.absolute().parents if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK): raise PermissionError(f"cannot write to the folder {path.parent}; name another one")
+    new = [p for p in path.absolute().parents if not p.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writable = os.access(path.parent, os.W_OK)
+    with contextlib.suppress(OSError): # made only to see that they can be
+        for folder in new: folder.rmdir()
+    if not writable: raise PermissionError(f"cannot write to the folder {path.parent}; name another one")
 
 # %% ../nbs/13_cli.ipynb #b270a995
 def _maps(backbone, x, tokens, args, step=16):
