@@ -2,7 +2,7 @@
 # make test:      environment, then all tests, two at a time with one torch thread each
 # make docs:      environment, then the notebooks as a site to read, in _site/ (no Quarto, no network)
 # make zoo:       environment, then `explain` on some five hundred small models against a reference of its own (6 minutes)
-# make crash:     environment, then every command dies at each of its file operations, and is fuzzed (MINUTES minutes)
+# make crash:     environment, then every command dies at each of its file operations, and is fuzzed (25 minutes)
 # Python 3.11, 3.12 or 3.13; another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3

@@ -19,7 +19,7 @@ from crash import contents
 LIMIT = 15 # seconds; what takes longer must have said so
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 NO_MESSAGE = re.compile(r"ultra-nb: (\w*(Error|Exception|Warning)\b|[^ ]*$)") # the name of an exception, or one word
-NO_NUMBER = re.compile(r"(?<![\w/.])-?(nan|inf)(?![\w/.=])")
+NO_NUMBER = re.compile(r"(?<=[ ([:])-?(nan|inf)\b(?![\w/.=])")
 FIXED = dict(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 # --- what commands read: small folders, made once ---------------------------------------------------------------------

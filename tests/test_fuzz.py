@@ -4,7 +4,44 @@ from hypothesis import given, settings
 import fuzz
 from child import Done
 
+RESUMED = tuple(f"{fuzz.EVALUATE} --out out".split())
+TRAIN = tuple("train settings.json --out out".split())
+FIT, SUMMARIZE = tuple(fuzz.FIT.split()), tuple(f"{fuzz.SUMMARIZE} --model model".split())
+SEGMENT = tuple("segment --model vit --layer 2 --clusters 2".split())
+CHECKPOINT = "W.safetensors.run/checkpoint.safetensors"
 FAILED = [ # cases that once ended badly
+    ("everything", tuple("bench maps --layer 2 --image-size 64".split())),
+    ("everything", (*TRAIN, "--model", "or")),
+    ("everything", (*TRAIN, "--data", "new.json", "--model", "")),
+    ("everything", (*TRAIN, "\x16", "--data", "\x16")),
+    ("everything", ("data", "folder", "--root", "\x89")),
+    ("everything", ("segment", "", "\x9a", "2", "--clusters", "2")),
+    ("everything", ("summarize", "text", "--summary", "Sell", "--html", "\x94")),
+    ("everything", ("bench", "maps", "--repeats", "1", "--layer", "2", "--image-size", "64", "--weights", "\x18")),
+    ("everything", tuple("evaluate folder --root own --layer 2 --limit 2 --ignore 999".split())),
+    ("voc", ("data", "voc", "--root", "."), "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", ("flip", [(53, 1)])),
+    ("weights", SEGMENT, "vit/preprocessor_config.json", ("json", [10, 7], 16)),
+    ("weights", SEGMENT, "vit/preprocessor_config.json", ("json", [10, 24], 16)),
+    ("weights", SEGMENT, "vit/preprocessor_config.json", ("json", [1], -1)),
+    ("language", TRAIN, "settings.json", ("json", [12], 1)),
+    ("language", TRAIN, "pairs.jsonl", ("cut", -69)),
+    ("language", (*TRAIN, "--data", "pairs.csv"), "pairs.csv", ("cut", 20)),
+    ("language", SUMMARIZE, "text", ("flip", [(-38, 5)])),
+    ("language", SUMMARIZE, "model/tokenizer.json", ("json", [7, 7, 7, 7, 7], 7)),
+    ("language", SUMMARIZE, "model/tokenizer.json", ("json", [25, 7, 7, 12, 32], 9)),
+    ("language", SUMMARIZE, "model/tokenizer.json", ("flip", [(-22, 7), (.8366243383875202, 1), (-22, 7)])),
+    ("language", SUMMARIZE, "model/tokenizer_config.json", ("json", [14, 31, 4, 20, 8], 17)),
+    ("evaluated", RESUMED, "out/rows.jsonl", ("json", [0], 0)),
+    ("evaluated", RESUMED, "out/rows.jsonl", ("json", [24, 31], 8)),
+    ("half_evaluated", RESUMED, "out/part-0.jsonl", ("json", [0], 9)),
+    ("half_evaluated", RESUMED, "out/part-0.jsonl", ("json", [17], 12)),
+    ("half_evaluated", RESUMED, "out/part-0.jsonl", ("json", [17], 17)),
+    ("half_evaluated", RESUMED, "out/part-0.jsonl", ("swap", -21, -28, 28)),
+    ("half_fitted", FIT, CHECKPOINT, ("cut", 57)),
+    ("half_fitted", FIT, CHECKPOINT, ("cut", -99)),
+    ("half_fitted", FIT, CHECKPOINT, ("other", "null")),
+    ("half_fitted", FIT, CHECKPOINT, ("json", [0], 0)),
+    ("reproduced", ("reproduce", "fig3"), "report/records/fig3.json", ("flip", [(.4736933325497337, 0)])),
 ]
 
 @pytest.fixture(scope="module", autouse=True)
