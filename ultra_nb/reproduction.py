@@ -844,7 +844,8 @@ def _record(out, name):
     try: record = unsealed(read_json(Path(out) / "records" / f"{name}.json"))
     except (FileNotFoundError, ValueError): return None
     here = Path(out).resolve()
-    return record if record and all((here / file).resolve().is_relative_to(here) for file in record["settings"]["files"]) else None
+    own = lambda file: (here / file).resolve().is_relative_to(here)
+    return record if record and all(map(own, record["settings"]["files"])) else None
 
 def _amiss(out, record):
     "What is wrong with the files of a record; None when nothing is"
