@@ -31,7 +31,9 @@ def _backbone(args):
     backbone = load(args.model, weights=args.weights, device=args.device, image_size=args.image_size)
     if backbone.grid is None: raise ValueError(f"{args.model} is a language model; explain and segment work on pictures")
     print(backbone, file=sys.stderr)
-    if (n := backbone.tokens) > 3000: print(f"{n:,} tokens look at each other: this takes long and much memory, less with a smaller --image-size", file=sys.stderr, flush=True)
+    if (n := backbone.tokens) > 3000:
+        said = f"{n:,} tokens look at each other: this takes long and much memory, less with a smaller --image-size"
+        print(said, file=sys.stderr, flush=True)
     return backbone
 
 def _scalar(text, backbone, layer):
@@ -110,7 +112,8 @@ def segment_command(args) -> None:
     from ultra_nb.segmentation import segment
     if args.out: _writable(args.out, ".png", force=args.force)
     if args.overlay: _writable(args.overlay, ".png", ".jpg", ".jpeg", ".webp", force=args.force)
-    if args.out and args.overlay and _one_file(args.out, args.overlay): raise ValueError(f"--overlay {args.overlay} and --out {args.out} are one file: name two")
+    if args.out and args.overlay and _one_file(args.out, args.overlay):
+        raise ValueError(f"--overlay {args.overlay} and --out {args.out} are one file: name two")
     image, backbone = _picture(args.image), _backbone(args)
     most = min(len(backbone.patches), 255)
     if not 1 <= args.clusters <= most: raise ValueError(f"--clusters {args.clusters}: choose 1 to {most}")
@@ -122,11 +125,14 @@ def segment_command(args) -> None:
     if winners < found.k: print(f"{winners} of {found.k} clusters have pixels: the other clusters' summed maps (eq. 7) are nowhere the largest", file=sys.stderr)
     resized = lambda size: mask.resize(size, Image.Resampling.NEAREST)
     if args.out: print(save_picture(resized(_full(image)), args.out))
-    if args.overlay: print(save_picture(Image.fromarray(blend(np.asarray(image), np.asarray(resized(image.size)))), args.overlay))
+    if args.overlay:
+        over = blend(np.asarray(image), np.asarray(resized(image.size)))
+        print(save_picture(Image.fromarray(over), args.overlay))
 
 def _one_file(a, b):
     "Whether two names are one file"
-    return os.path.realpath(a) == os.path.realpath(b) or os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+    if os.path.exists(a) and os.path.exists(b): return os.path.samefile(a, b)
+    return os.path.realpath(a) == os.path.realpath(b)
 
 # %% ../nbs/13_cli.ipynb #2757137e
 def _dataset(args, complete=True):
@@ -227,7 +233,8 @@ def fit_w_command(args) -> None:
     from ultra_nb.self_consistency import FitError, fit_projection
     _writable(args.out, ".safetensors", force=args.force)
     dataset, backbone = _dataset(args), _backbone(args)
-    if len(dataset) < args.limit: raise ValueError(f"--images {args.limit}: {args.dataset} {dataset.split} has 1 to {len(dataset)}")
+    if len(dataset) < args.limit:
+        raise ValueError(f"--images {args.limit}: {args.dataset} {dataset.split} has 1 to {len(dataset)}")
     images, checkpoints = _Pictures(dataset, args.limit), Path(f"{args.out}.run")
     options = {name: getattr(args, name) for name in ("k", "delta", "kind", "start", "shared", "passes", "lr", "mode", "seed")}
     try: learned = fit_projection(backbone, images, args.layer, **options, out=checkpoints)
@@ -249,7 +256,8 @@ def _post(path):
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
         text.encode() # some locales let any bytes through
     except FileNotFoundError: raise FileNotFoundError(f"no file {path}: check the path, or pass - and the text on standard input") from None
-    except UnicodeError: raise ValueError(f"{'standard input' if path == '-' else path} is not a text in UTF-8") from None
+    except UnicodeError:
+        raise ValueError(f"{'standard input' if path == '-' else path} is not a text in UTF-8") from None
     return text
 
 def summarize_command(args) -> None:
@@ -276,8 +284,10 @@ def train_command(args) -> None:
     path = Path(args.settings) if Path(args.settings).exists() else asset(f"{args.settings}.json")
     settings = training_settings(read_json(path), args.model, args.data)
     kept = Path(args.out) / "settings.json"
-    if kept.exists() and read_json(kept) != settings: raise ValueError(f"{args.out} holds a training with other settings; name another folder")
-    if not kept.exists() and Path(args.out).exists() and foreign(args.out): raise ValueError(f"{args.out} holds other files; name a new folder")
+    if kept.exists() and read_json(kept) != settings:
+        raise ValueError(f"{args.out} holds a training with other settings; name another folder")
+    if not kept.exists() and Path(args.out).exists() and foreign(args.out):
+        raise ValueError(f"{args.out} holds other files; name a new folder")
     train(settings, args.out)
     print(args.out)
 
@@ -562,14 +572,15 @@ def _line(text, longest=600):
 def _said(error):
     "What went wrong, in words"
     full = isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error))
-    if full or isinstance(error, MemoryError): return "there is not enough memory: take a smaller --image-size, or --mode diagonal"
-    if isinstance(error, OSError) and error.errno: return f"{error.strerror}: {error.filename or 'standard input or output'}"
+    if full or isinstance(error, MemoryError): return "there is not enough memory: a smaller --image-size takes less"
+    if isinstance(error, OSError) and error.errno: return f"{error.strerror}: {error.filename or 'input or output'}"
     kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
     return f"{kind}{error}" if str(error) else type(error).__name__
 
 def _interrupted(error):
     "Whether an interrupt is behind an error: imports make others of it"
-    return error is not None and (isinstance(error, KeyboardInterrupt) or _interrupted(error.__cause__ or error.__context__))
+    while error and not isinstance(error, KeyboardInterrupt): error = error.__cause__ or error.__context__
+    return error is not None
 
 def _run(argv):
     "Reads the arguments and runs the command"

@@ -201,8 +201,14 @@ def cluster_segments(descriptors:np.ndarray, # [M, D]
                      seed:int=0) -> np.ndarray: # cluster of each segment [M]
     "k-means over the segments of a data set. Raises ValueError where there are fewer segments than clusters"
     from sklearn.cluster import KMeans
-    if len(descriptors) < k: raise ValueError(f"{len(descriptors)} segments cannot make {k} clusters; take more images, or an image protocol")
+    _check_clusters(k, len(descriptors))
     return KMeans(k, n_init=10, random_state=seed).fit_predict(descriptors.astype(np.float64))
+
+def _check_clusters(clusters, segments):
+    "ValueError for no clusters, or more than segments"
+    if clusters < 1: raise ValueError(f"clusters={clusters}: it must be at least 1")
+    if segments >= clusters: return
+    raise ValueError(f"{segments} segments cannot make {clusters} clusters; take more images, or an image protocol")
 
 # %% ../nbs/10_evaluation.ipynb #924d090a
 def _packed(vectors): return base64.b64encode(vectors.astype(np.float16).tobytes()).decode()
@@ -317,7 +323,9 @@ def evaluate(backbone:Backbone, # a vision backbone
     "Segments every image, matches by the protocol, reports with intervals. Raises ValueError for settings that cannot work, and where `out` holds another run; images that cannot be read end up in `bad`"
     methods = ULTRA if methods is None else methods
     case, classes = _checked(backbone, protocol, methods, case), len(dataset.classes)
-    if protocol.startswith("dataset"): _check_clusters(classes if clusters is None else clusters, min(len(dataset), limit or len(dataset)), dict(case, classes=classes), len(backbone.patches))
+    if protocol.startswith("dataset"):
+        each = {None: len(backbone.patches), "classes": classes}.get(case["k"], case["k"]) # segments an image at most
+        _check_clusters(classes if clusters is None else clusters, each * min(len(dataset), limit or len(dataset)))
     work = lambda sample: row_of(Case(backbone, sample, **case), methods, protocol.startswith("dataset"))
     def metrics(rows):
         if not any(row["classes"] for row in rows): raise ValueError("the masks ignore every pixel of every image")
@@ -337,11 +345,6 @@ def _checked(backbone, protocol, methods, case):
     k, patches = case["k"], len(backbone.patches)
     if isinstance(k, int) and not 1 <= k <= patches: raise ValueError(f"k={k}: choose 1 to {patches}, the number of patch tokens, or 'classes'")
     if isinstance(k, str) and k != "classes": raise ValueError(f"k={k!r}: give a number, or 'classes'")
-    if k is None and not 0 <= case["threshold"] < np.inf: raise ValueError(f"threshold={case['threshold']}: give a distance, a number from 0")
+    if k is None and not 0 <= case["threshold"] < np.inf:
+        raise ValueError(f"threshold={case['threshold']}: give a distance, a number from 0")
     return case | dict(layer=backbone.layer(case["layer"]))
-
-def _check_clusters(clusters, images, case, patches):
-    "ValueError for more clusters than there can be segments"
-    each = patches if case["k"] is None else case["classes"] if case["k"] == "classes" else case["k"]
-    if clusters < 1: raise ValueError(f"clusters={clusters}: it must be at least 1")
-    if images * each < clusters: raise ValueError(f"{images * each} segments cannot make {clusters} clusters; take more images, or an image protocol")

@@ -642,7 +642,11 @@ def _normalisation(
         if not (folder/file).exists(): continue
         cfg = _json(folder/file)
         cfg = cfg.get(key, {}) if key else cfg
-        if "image_mean" in cfg: return dict(mean=tuple(cfg["image_mean"]), std=tuple(cfg["image_std"]))
+        if not (isinstance(cfg, dict) and "image_mean" in cfg): continue
+        try: mean, std = (tuple(float(v) for v in cfg[name]) for name in ("image_mean", "image_std"))
+        except (KeyError, TypeError, ValueError): mean = std = ()
+        if len(mean) == len(std) == 3 and min(std) > 0: return dict(mean=mean, std=std)
+        raise ValueError(f"{folder/file} gives no three numbers each for image_mean and image_std: copy it again")
     return {}
 
 def _hf_vision(

@@ -86,8 +86,8 @@ def read_json(path:str|Path) -> dict:
     "A JSON object. Raises ValueError, which names the file, for anything else"
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError): found = None
-    if not isinstance(found, dict): raise ValueError(f"{path} is damaged, it holds no JSON object: put it right, or name another one")
-    return found
+    if isinstance(found, dict): return found
+    raise ValueError(f"{path} is damaged, it holds no JSON object: put it right, or name another one")
 
 def sealed(what:dict, # as JSON can hold it
            salt:int=0 # what else the checksum depends on
@@ -153,12 +153,14 @@ class Run:
     def _claim(self):
         path = self.folder / "settings.json"
         if not path.exists():
-            if strange := foreign(self.folder): raise ValueError(f"{self.folder} holds other files ({', '.join(strange[:3])}); name a new folder")
+            if strange := ", ".join(foreign(self.folder)[:3]):
+                raise ValueError(f"{self.folder} holds other files ({strange}); name a new folder")
             write_json(path, self.settings)
         found = read_json(path)
         if found == self.settings: return
         key = next(k for k in [*self.settings, *found] if found.get(k) != self.settings.get(k))
-        raise ValueError(f"{path} is of a run with {key} = {found.get(key)!r}, not {self.settings.get(key)!r}; name another folder")
+        other, own = found.get(key), self.settings.get(key)
+        raise ValueError(f"{path} is of a run with {key} = {other!r}, not {own!r}; name another folder")
 
     def add(self, row:dict): # a JSON object with its place "i"
         "Appends a row; it is on its way to the disk when this returns"
@@ -179,7 +181,7 @@ class Run:
         for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try: row = unsealed(json.loads(line), self.salt)
             except (ValueError, RecursionError): row = None
-            if row is None: raise ValueError(f"{path} is damaged in line {n}: delete that line, and its image is measured again")
+            if row is None: raise ValueError(f"{path} is damaged in line {n}: without it its image is measured again")
             yield row
 
     def finish(self) -> dict: # place i -> row
@@ -261,7 +263,7 @@ class Result:
 def process_rank() -> int: # 0, 1, ..
     "Which of the processes this is that `accelerate launch` started; 0 for one alone"
     try: return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-    except ValueError: raise ValueError("RANK and WORLD_SIZE must be numbers: start several processes with accelerate launch, or unset both") from None
+    except ValueError: raise ValueError("RANK and WORLD_SIZE must be numbers: use accelerate launch, or unset both") from None
 
 @contextmanager
 def _processes(device):
@@ -279,8 +281,8 @@ def _row(i, dataset, work, known):
     except (ValueError, OSError) as e: return dict(i=i, name=dataset.files[i][0], error=" ".join(str(e).split()))
     content = hashlib.sha256(np.asarray(sample.image).tobytes() + sample.mask.tobytes()).hexdigest()
     if i not in known: return dict(i=i, name=sample.name, sha256=content) | work(sample)
-    if known[i]["sha256"] != content: raise ValueError(f"{sample.name} is another picture or mask than the one that was measured under this name; name a new folder")
-    return known[i]
+    if known[i]["sha256"] == content: return known[i]
+    raise ValueError(f"{sample.name} is not the picture and mask that were measured under this name; name a new folder")
 
 def _each(row, indices, pool, **options):
     "Rows in order, with progress; no more than some at a time, however long the list"

@@ -798,7 +798,7 @@ def bench_maps(backbone:Backbone, # from `load`, on its device
     methods = _methods(backbone, x.to(device), layer, scalar)
     methods["diagonal"](), methods["forward"]()
     taken = {name: [] for name in methods}
-    for name in tqdm(["per token", "exact"] * repeats, desc="timing", delay=2, leave=False): taken[name].append(seconds(methods[name], device))
+    for name in tqdm(["per token", "exact"] * repeats, desc="timing", leave=False): taken[name].append(seconds(methods[name], device))
     for name in ["diagonal", "forward"] * 20: taken[name].append(seconds(methods[name], device))
     best = {name: statistics.median(t) for name, t in taken.items()}
     with Flops() as flops: methods["exact"]()
@@ -808,7 +808,7 @@ def bench_maps(backbone:Backbone, # from `load`, on its device
               "diagonal forward passes": best["diagonal"] / best["forward"], "exact GFLOP per image": flops.total / batch / 1e9,
               "machine GFLOP per second": rate / 1e9, "exact share of machine rate": flops.total / best["exact"] / rate}
     if memory:
-        for name in tqdm(list(methods), desc="memory", delay=2, leave=False):
+        for name in tqdm(list(methods), desc="memory", leave=False):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh: peak = fresh.submit(_peak, name, settings, x, layer, scalar, str(device)).result()
             found[f"{name} peak MB"] = peak and peak / 2**20
     return found
@@ -845,7 +845,8 @@ def _record(out, name):
     try: record = unsealed(read_json(Path(out) / "records" / f"{name}.json"))
     except (FileNotFoundError, ValueError): return None
     here = Path(out).resolve()
-    return record if record and all((here / file).resolve().is_relative_to(here) for file in record["settings"]["files"]) else None
+    own = lambda file: (here / file).resolve().is_relative_to(here)
+    return record if record and all(map(own, record["settings"]["files"])) else None
 
 def _amiss(out, record):
     "What is wrong with the files of a record; None when nothing is"
