@@ -108,14 +108,18 @@ class Disk:
 # --- one command, with something happening to it ----------------------------------------------------------------------
 
 @cache
-def quiet():
-    "In the process that forks: models are loaded, the clock stands still, nobody asks git; eight images make two steps"
+def loaded():
+    "The models, loaded once, in the process that forks"
     child.warm()
+    from ultra_nb.models import load
+    return {name: load(name) for name in ("scenes_clip", "scenes_dino")}
+
+def quiet(models):
+    "In a child: models are there, the clock stands still, nobody asks git; eight images make two steps of fit-w"
     import ultra_nb.models, ultra_nb.records, ultra_nb.reproduction, ultra_nb.self_consistency
-    loaded = {name: ultra_nb.models.load(name) for name in ("scenes_clip", "scenes_dino")}
-    ultra_nb.models.load = ultra_nb.reproduction.load = lambda name, **_: loaded[name]
-    clock = SimpleNamespace(monotonic=lambda: 0., perf_counter=time.perf_counter)
-    ultra_nb.records.time = ultra_nb.reproduction.time = clock
+    ultra_nb.models.load = ultra_nb.reproduction.load = lambda name, **_: models[name]
+    still = SimpleNamespace(monotonic=lambda: 0., perf_counter=time.perf_counter)
+    ultra_nb.records.time = ultra_nb.reproduction.time = still
     ultra_nb.records.commit = lambda: None
     ultra_nb.self_consistency.fit_projection = partial(ultra_nb.self_consistency.fit_projection, batch=4)
 
@@ -133,9 +137,11 @@ def fresh(command):
 
 def run(command, folder, disk):
     "The command in a child on this disk; its log is the last line that it prints"
-    from ultra_nb.cli import main
+    models = loaded()
     def work():
+        from ultra_nb.cli import main
         sys.argv = ["ultra-nb", *command.argv.split()]
+        quiet(models)
         disk.install()
         code = main(sys.argv[1:])
         print(json.dumps(disk.log))
@@ -153,7 +159,7 @@ class Whole:
 @cache
 def whole(name:str) -> Whole:
     "The run to compare with"
-    quiet()
+    loaded()
     folder = fresh(COMMANDS[name])
     try:
         done = run(COMMANDS[name], folder, Disk())

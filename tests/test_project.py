@@ -77,7 +77,7 @@ def test_run_time_needs_no_development_package():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"nbdev", "fastcore", "execnb", "IPython"} & {n.split(".")[0] for n in names}, (path.name, names)
 
-ALLOWED = dict(preliminaries="", models="data preliminaries", data="", records="", figures="",
+ALLOWED = dict(preliminaries="", models="data preliminaries", data="", records="", figures="records",
                explanation_maps="preliminaries models", segmentation="explanation_maps",
                self_consistency="explanation_maps segmentation records",
                interpretability_metrics="explanation_maps models preliminaries records",

@@ -106,7 +106,7 @@ def test_summarize_writes_a_page(folder, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("said, argv", {
     "the context is empty": ["EMPTY", "--summary", "s"],
-    "is not a text file": ["BYTES", "--summary", "s"],
+    "is not a text in UTF-8": ["BYTES", "--summary", "s"],
     "no file": ["nothing.txt", "--summary", "s"],
     "needs a language model": ["FILE", "--model", "scenes_dino"],
     "more than the model's window of 1024": ["LONG", "--summary", "s"],

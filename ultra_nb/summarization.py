@@ -18,7 +18,7 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import nn, Tensor
 from .data import SEPARATOR, read_pairs
-from .explanation_maps import explain
+from .explanation_maps import GRAPH, explain, graph_bytes
 from .figures import ACCENT, INK, panels
 from .models import Backbone, find_blocks
 from .records import needs, with_intervals, write_json
@@ -405,7 +405,10 @@ def explaining_memory(config, tokens:int, # N, context, separator and summary
                       mode:str="exact", # as in `explain`
                       size:int=4 # bytes a number
                      ) -> dict: # GiB
-    "What `contribution_scores` takes"
+    "What `contribution_scores` takes; in diagonal mode on a CPU, where one graph may be kept"
     P, L, D, H, N = parameters(config), config.num_hidden_layers, config.hidden_size, config.num_attention_heads, tokens
     attention = {"exact": 3, "diagonal": 5}[mode] * size * H * N * N
-    return _gib(weights=size * P, tape=size * L * N * D, attention=attention, rows=4 * N * N if mode == "diagonal" else 0, logits=size * N * config.vocab_size)
+    graph = graph_bytes(L, H * N * N, N * D, size) if mode == "diagonal" else 0
+    rows, logits = 4 * N * N if mode == "diagonal" else 0, size * N * config.vocab_size
+    return _gib(weights=size * P, tape=size * L * N * D, attention=attention, graph=graph if graph < GRAPH else 0,
+                rows=rows, logits=logits)
