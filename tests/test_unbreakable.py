@@ -451,7 +451,8 @@ def test_7_an_interrupted_import_has_exit_code_130(argv, tmp_path):
 def test_7_a_real_interrupt_while_it_starts(seconds, tmp_path):
     heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler) # a job in the background ignores interrupts
     going = subprocess.Popen([sys.executable, "-m", "ultra_nb.cli", "evaluate", "scenes", "--device", "cpu"], cwd=tmp_path,
-                             stderr=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)), preexec_fn=heeds)
+                             stderr=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+                             preexec_fn=heeds)
     time.sleep(seconds)
     going.send_signal(signal.SIGINT)
     err = going.communicate()[1]
