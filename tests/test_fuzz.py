@@ -1,4 +1,5 @@
 "Odd arguments and damaged files: a sample of what `make crash` tries, what once failed, and what the judge sees."
+import shutil
 import pytest
 from hypothesis import given, settings
 import fuzz
@@ -45,7 +46,9 @@ FAILED = [ # cases that once ended badly
 ]
 
 @pytest.fixture(scope="module", autouse=True)
-def materials(): fuzz.materials()
+def materials():
+    yield fuzz.materials()
+    shutil.rmtree(fuzz.materials())
 
 @settings(max_examples=50, derandomize=True, **fuzz.FIXED)
 @given(fuzz.cases())
