@@ -150,16 +150,12 @@ def test_2_class_names_that_a_tokenizer_does_not_know_cost_one_row(classes, tmp_
 
 PEAK = """
 import resource, sys
-import test_unbreakable, ultra_nb.cli
-test_unbreakable.limited()
+import child, ultra_nb.cli
+child.warm()
+child.limited()
 code = ultra_nb.cli.main(sys.argv[1:])
 print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-
-def limited():
-    "Two gigabytes more than now, so that too much is an error and not a machine without memory"
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31,) * 2)
 
 @pytest.mark.parametrize("command", ["evaluate", "itiou"])
 def test_3_a_photograph_of_twelve_megapixels_fits_into_two_gigabytes(command, tmp_path):
@@ -544,7 +540,7 @@ def test_8_a_file_name_that_is_no_text_is_no_error(tmp_path):
 @pytest.mark.parametrize("argv", ["explain --image-size 2000 --token 3", "segment --image-size 2000", "fit-w scenes --images 1000000", "evaluate scenes --limit 1000000000", "itiou scenes --limit 1000000000 --out out"])
 def test_9_long_work_says_so_within_two_seconds(argv, tmp_path):
     "Killed after some seconds, it has told of itself, more than the model's name; or it was refused"
-    done = ultra(argv, tmp_path, before=limited, seconds=5)
+    done = ultra(argv, tmp_path, before=child.limited, seconds=5)
     told = "".join(line for line in re.split(r"[\r\n]", done.err) if not line.startswith("Backbone("))
     assert told.strip() and (done.code == -signal.SIGALRM or done.code == 1 and len(done.said) == 1 and "Error" not in done.said[0]), done
 

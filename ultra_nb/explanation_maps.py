@@ -151,10 +151,14 @@ def _half(B, N, device):
 BREAKS = dict(between="does not read just what the block before puts out: something stands between them (a norm, scale, projection, convolution or skip)",
               beside="reads what an earlier block computed, other than its tokens (shared keys and values, a skip connection)")
 
+def _attention_of(taped):
+    "A of a taped block [B, H, N, N]"
+    with torch.no_grad(), attention_tap() as tap: taped(taped.z)
+    return own_attention(tap.attention, taped.z, taped.block)
+
 def _chain(model, notes, layer, inputs):
     "`broken_at`, once a block has shown its attention: some attention cannot even be run with gradients"
-    with torch.no_grad(), attention_tap() as tap: notes[0](notes[0].z)
-    own_attention(tap.attention, notes[0].z, notes[0].block)
+    _attention_of(notes[0])
     return broken_at(model, notes[:layer], inputs)
 
 def _check_chain(model, notes, layer, inputs):
@@ -195,11 +199,6 @@ def _check_model(model, inputs):
     if isinstance(inputs, Tensor) and inputs.ndim != 4: raise ValueError(f"inputs of shape {list(inputs.shape)}: images must be [B, C, H, W] (one image: x[None]); anything else goes in as a dict, such as dict(input_ids=...)")
     if not isinstance(inputs, (Tensor, dict)): raise ValueError(f"inputs must be a tensor [B, C, H, W] or a dict of model inputs, not {type(inputs).__name__}")
     if any(p.is_inference() for p in model.parameters()): raise ValueError("the model was built under torch.inference_mode, where its parameters cannot take part in gradients: build it outside")
-
-def _attention_of(taped):
-    "A of a taped block [B, H, N, N]"
-    with torch.no_grad(), attention_tap() as tap: taped(taped.z)
-    return own_attention(tap.attention, taped.z, taped.block)
 
 def _room(device, on_cpu, share):
     "Bytes to fill: a number on a CPU, a share of a GPU's memory. Depends on the machine alone"

@@ -414,9 +414,9 @@ def comparisons(backbone:Backbone, # a vision backbone
     "All baselines that this model allows"
     rows = lambda explainer: lambda case: case.segment(patch_maps(explainer, backbone, case.inputs, case.layer, backbone.patches))
     found = BASELINES | {"rollout": rows(EXPLAINERS["rollout"]), "LeGrad": rows(EXPLAINERS["LeGrad"])}
-    told = backbone.clip is not None and hasattr(backbone.clip, "encode_text")
-    if not told and not getattr(backbone.model, "num_classes", 0): return found
-    try: return found | {"class maps": class_logit_maps(backbone, names if told else None)}
+    worded = backbone.clip is not None and hasattr(backbone.clip, "encode_text")
+    if not worded and not getattr(backbone.model, "num_classes", 0): return found
+    try: return found | {"class maps": class_logit_maps(backbone, names if worded else None)}
     except ValueError as error: # classes that the model has no words for
         print(f"class maps are left out: {error}", file=sys.stderr)
         return found
