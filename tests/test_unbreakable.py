@@ -149,12 +149,13 @@ def test_2_class_names_that_a_tokenizer_does_not_know_cost_one_row(classes, tmp_
 # --- 3. Memory -----------------------------------------------------------------------------------------------------------
 
 PEAK = """
-import resource, sys
+import sys
 import child, ultra_nb.cli
+from ultra_nb.reproduction import _resident
 child.warm()
 child.limited()
 code = ultra_nb.cli.main(sys.argv[1:])
-print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(code, _resident("VmHWM")) # ru_maxrss would count the process that started this one
 """
 
 @pytest.mark.parametrize("command", ["evaluate", "itiou"])
@@ -434,6 +435,18 @@ def imports_interrupted(n):
     builtins.__import__ = counted
 
 COMMANDS = ["segment --layer 2 --clusters 2", "explain --layer 2 --token 3", "evaluate scenes --limit 2 --layer 2", "fit-w scenes --images 8", "summarize text", "train settings.json --out out", "reproduce fig3", "doctor", "data"]
+
+def test_7_an_interrupt_that_an_import_makes_another_error_of(tmp_path):
+    "torch's modules that are not there yet answered with RecursionError, the interrupt forgotten"
+    def forgetting(args):
+        try: signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt: pass
+        raise RecursionError("maximum recursion depth exceeded")
+    def before():
+        import ultra_nb.cli
+        ultra_nb.cli._run = forgetting
+    done = ultra("doctor", tmp_path, before=before)
+    assert done.code == 130 and done.said == ["ultra-nb: interrupted"], done
 
 @pytest.mark.parametrize("argv", COMMANDS)
 def test_7_an_interrupted_import_has_exit_code_130(argv, tmp_path):

@@ -9,7 +9,7 @@ __all__ = ['EXAMPLE', 'ENTRY_NAMES', 'SEED', 'PROTOCOL_NAMES', 'SEVERAL', 'DATAS
            'main']
 
 # %% ../nbs/13_cli.ipynb #ae4645ba
-import argparse, contextlib, os, re, sys
+import argparse, contextlib, os, re, signal, sys, threading
 from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #ed5b5d41
@@ -577,8 +577,21 @@ def _said(error):
     kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
     return f"{kind}{error}" if str(error) else type(error).__name__
 
+@contextlib.contextmanager
+def _interrupts():
+    "A list of the interrupts that came: an import may make another error of one, or forget it"
+    came, python = [], signal.default_int_handler
+    def handle(signum, frame):
+        came.append(signum)
+        python(signum, frame)
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is python
+    if ours: signal.signal(signal.SIGINT, handle)
+    try: yield came
+    finally:
+        if ours: signal.signal(signal.SIGINT, python)
+
 def _interrupted(error):
-    "Whether an interrupt is behind an error: imports make others of it"
+    "Whether an interrupt is behind an error"
     while error and not isinstance(error, KeyboardInterrupt): error = error.__cause__ or error.__context__
     return error is not None
 
@@ -596,13 +609,13 @@ def _run(argv):
 def main(argv:list[str]|None=None # arguments; None = the command line's
         ) -> int: # exit code
     "Entry point of `ultra-nb`"
-    with _terminal():
+    with _terminal(), _interrupts() as came:
         try: _run(sys.argv[1:] if argv is None else argv)
         except BrokenPipeError: # the reader, such as head, has gone; nothing more may be written, not even at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except BaseException as error:
-            if _interrupted(error):
+            if came or _interrupted(error):
                 print("ultra-nb: interrupted", file=sys.stderr)
                 return 130
             if not isinstance(error, Exception) or os.environ.get("ULTRA_NB_DEBUG"): raise
