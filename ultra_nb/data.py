@@ -42,6 +42,7 @@ def asset_dir() -> Path: # folder of the shipped files
     package = Path(ultra_nb.__file__).resolve().parent
     return package/"assets" if (package/"assets").is_dir() else package.parent/"data"
 
+# %% ../nbs/02_data.ipynb #5108b6aa
 def asset(name:str # file name, for example `"scenes_clip.safetensors"`
          ) -> Path: # absolute path of an existing file
     "A file that ships with the project. Raises FileNotFoundError where none has that name"
@@ -62,6 +63,7 @@ def listed_sums(folder:Path|None=None # folder with a `SHA256SUMS`; None = `asse
     lines = ((folder or asset_dir())/"SHA256SUMS").read_text().splitlines()
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
 
+# %% ../nbs/02_data.ipynb #3f9c9240
 def check_assets(folder:Path|None=None # folder with a `SHA256SUMS`; None = `asset_dir()`
                 ) -> list: # names of files that are missing, changed or not listed; empty when all is well
     "Compare every shipped file with `SHA256SUMS`"
@@ -105,6 +107,7 @@ def _factor(size):
     while -(-size[0]//factor) * -(-size[1]//factor) > LARGE: factor += 1
     return factor
 
+# %% ../nbs/02_data.ipynb #f3e2d6de
 def _decoded(image):
     "Pixels in 8 bits a channel, at most about `LARGE` of them"
     factor = _factor(image.size)
@@ -117,7 +120,6 @@ def _decoded(image):
 
 # %% ../nbs/02_data.ipynb #a27b455c
 FORMATS = "JPEG PNG TIFF WEBP GIF BMP DIB PPM AVIF JPEG2000 MPO TGA ICO".split() # what is opened, by Pillow's names
-MAX_PIXELS = 400_000_000 # images of more pixels are refused
 _guard = threading.Lock() # Pillow's limit is global: one thread at a time may lift it
 
 def _open_unguarded(path):
@@ -128,6 +130,9 @@ def _open_unguarded(path):
         try: return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
         finally: Image.MAX_IMAGE_PIXELS = limit
 
+# %% ../nbs/02_data.ipynb #a759dc0f
+MAX_PIXELS = 400_000_000 # images of more pixels are refused
+
 def _within_limit(image):
     "The image. Raises ValueError where its header promises too many pixels"
     width, height = image.size
@@ -136,6 +141,14 @@ def _within_limit(image):
     return image
 
 # %% ../nbs/02_data.ipynb #6a0b65d6
+def _filled(path):
+    "The path of a file that exists and holds something"
+    if not path.exists(): raise FileNotFoundError(f"no image at {path}: check the path")
+    if path.is_dir(): raise ValueError(f"{path} is a folder: give one image file")
+    if path.stat().st_size == 0: raise ValueError(f"{path} is an empty file: copy or download it again")
+    return path
+
+# %% ../nbs/02_data.ipynb #3bfb3bfe
 @contextmanager
 def open_image(path:str|Path # a file of one of `FORMATS`
               ) -> Iterator[ImageFile.ImageFile]: # not decoded yet
@@ -150,13 +163,6 @@ def open_image(path:str|Path # a file of one of `FORMATS`
         why = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{path} cannot be read as an image ({why}): copy it again, "
                          "or save it as PNG or JPEG") from None
-
-def _filled(path):
-    "The path of a file that exists and holds something"
-    if not path.exists(): raise FileNotFoundError(f"no image at {path}: check the path")
-    if path.is_dir(): raise ValueError(f"{path} is a folder: give one image file")
-    if path.stat().st_size == 0: raise ValueError(f"{path} is an empty file: copy or download it again")
-    return path
 
 # %% ../nbs/02_data.ipynb #097c6d75
 def read_image(path:str|Path # JPEG, PNG, TIFF, WebP, or another of `FORMATS`
@@ -205,6 +211,17 @@ class Dice:
         return options[int(self.uniform()*len(options))]
 
 # %% ../nbs/02_data.ipynb #1dc20dbd
+def _units(size):
+    "Pixel centres of one axis in units: 0..112"
+    return (np.arange(size) + .5) * 112 / size
+
+def _cells(size, cell):
+    "Index of the cell of every pixel and position in it, 0..1"
+    position = _units(size) / cell
+    index = np.floor(position)
+    return index.astype(int), position - index
+
+# %% ../nbs/02_data.ipynb #f9a34fb1
 def noise(dice:Dice,
           size:int, # pixels a side
           cell_y:float, # height of a noise cell in units of size/112
@@ -215,16 +232,6 @@ def noise(dice:Dice,
     grid = dice.uniform(-1, 1, (int(112/cell_y)+2, int(112/cell_x)+2))
     rows = grid[i] + t[:,None]*(grid[i+1] - grid[i])
     return rows[:,j] + s*(rows[:,j+1] - rows[:,j])
-
-def _cells(size, cell):
-    "Index of the cell of every pixel and position in it, 0..1"
-    position = _units(size) / cell
-    index = np.floor(position)
-    return index.astype(int), position - index
-
-def _units(size):
-    "Pixel centres of one axis in units: 0..112"
-    return (np.arange(size) + .5) * 112 / size
 
 # %% ../nbs/02_data.ipynb #7b6048e6
 def tint(dice:Dice,
@@ -358,6 +365,7 @@ def phrase(words:tuple, # adjectives and a noun
     if n > 1: return f"{NUMBERS[n]} {text}{'es' if text[-1] in 'xs' else 's'}"
     return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
+# %% ../nbs/02_data.ipynb #bfac8aeb
 def listing(phrases:list) -> str:
     "`['a', 'b', 'c']` -> `'a, b and c'`"
     return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
@@ -426,6 +434,14 @@ class Scene(NamedTuple):
     grounds:list     # names of the backgrounds: one, or [lower, upper]
 
 # %% ../nbs/02_data.ipynb #7537eac9
+def _light(dice, image):
+    "A slant of light over everything, and grain"
+    size = len(image)
+    down, across = _units(size)[:,None]/56 - 1, _units(size)/56 - 1
+    light = 1 + dice.uniform(-.15, .1) + dice.uniform(-.2, .2)*down + dice.uniform(-.2, .2)*across
+    return np.clip(np.rint(image*light[...,None] + dice.uniform(-9, 9, (size, size, 1))), 0, 255).astype(np.uint8)
+
+# %% ../nbs/02_data.ipynb #da49fbce
 def scene(seed:int, # whole number >= 0; the scene depends on nothing else
           size:int=112 # height and width in pixels
          ) -> Scene: # image, mask, caption, objects, grounds
@@ -441,13 +457,6 @@ def scene(seed:int, # whole number >= 0; the scene depends on nothing else
         if _add(dice, image, mask, owner, areas, radius, thing): things.append(thing)
     text = caption(things, grounds, dice.pick(TEMPLATES))
     return Scene(_light(dice, image), mask, text, things, grounds)
-
-def _light(dice, image):
-    "A slant of light over everything, and grain"
-    size = len(image)
-    down, across = _units(size)[:,None]/56 - 1, _units(size)/56 - 1
-    light = 1 + dice.uniform(-.15, .1) + dice.uniform(-.2, .2)*down + dice.uniform(-.2, .2)*across
-    return np.clip(np.rint(image*light[...,None] + dice.uniform(-9, 9, (size, size, 1))), 0, 255).astype(np.uint8)
 
 # %% ../nbs/02_data.ipynb #388fd1ae
 class Drawn:
@@ -489,7 +498,7 @@ def read_labels(path:str|Path # PNG (or other lossless file) of grey values of 1
                ) -> np.ndarray: # whole numbers [H, W], as stored
     "Read a mask of numbers. Raises FileNotFoundError or ValueError, one line, where it is none"
     with open_image(path) as image:
-        stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][-1], 1) if image.format == "PNG" else 1
+        stretch = {"L;2": 85, "L;4": 17}.get(str(image.tile[0][-1]), 1) if image.format == "PNG" else 1
         mode, labels = image.mode, np.array(image)
     if mode == "1": return labels.astype(np.uint8)
     if mode in ("L", "P") or mode.startswith("I"): return labels//stretch if stretch > 1 else labels
@@ -575,19 +584,12 @@ class Pictures:
         square = centre_square(Image.fromarray(mask), self.crop, Image.Resampling.NEAREST)
         return Sample(name, centre_square(image, self.crop, Image.Resampling.BILINEAR), np.asarray(square))
 
+# %% ../nbs/02_data.ipynb #b068a571
 def _advice(name):
     "Where the reader finds what is missing"
     return f"`ultra-nb data {name}` tells where to get it and how to lay it out"
 
 # %% ../nbs/02_data.ipynb #79848e9a
-def scenes(split:str, # "train" or "val"
-           n:int, # number of scenes
-           size:int=112 # height and width in pixels
-          ) -> Pictures: # 13 classes, `CLASSES`
-    "Scenes as a data set of pictures and masks"
-    files, table = _SceneFiles(Scenes(split, n, size)), label_table(range(len(CLASSES)))
-    return Pictures("scenes", split, CLASSES, files, table, read=_read_scene)
-
 class _SceneFiles(Sequence):
     "The `files` of scenes: name, source and place of each, made when asked for, as there may be any number"
     def __init__(self, source): self.source = source
@@ -601,6 +603,15 @@ def _read_scene(source, i):
     "Picture and labels of one scene"
     drawn = source[i]
     return Image.fromarray(drawn.image), drawn.mask
+
+# %% ../nbs/02_data.ipynb #faa53a30
+def scenes(split:str, # "train" or "val"
+           n:int, # number of scenes
+           size:int=112 # height and width in pixels
+          ) -> Pictures: # 13 classes, `CLASSES`
+    "Scenes as a data set of pictures and masks"
+    files, table = _SceneFiles(Scenes(split, n, size)), label_table(range(len(CLASSES)))
+    return Pictures("scenes", split, CLASSES, files, table, read=_read_scene)
 
 # %% ../nbs/02_data.ipynb #916230a4
 def _need(name, *paths):
@@ -654,6 +665,18 @@ def mostly_stuff(labels:np.ndarray # ids 0..181, 255 = unlabelled [H, W]
     return min(labels.shape) >= 360 and ((labels > 90) & (labels < 182)).mean() >= .75
 
 # %% ../nbs/02_data.ipynb #e346c41f
+def _inside(root, name):
+    "`root/name` where that exists, else `root`"
+    root = Path(root).expanduser()
+    return root/name if (root/name).is_dir() else root
+
+def _curated(listed, masks):
+    "Names of the curated pictures: as listed, else by the rule"
+    if listed.exists(): return listed.read_text().split()
+    paths = tqdm(sorted(masks.glob("*.png")), "which are mostly stuff")
+    return [path.stem for path in paths if mostly_stuff(read_labels(path))]
+
+# %% ../nbs/02_data.ipynb #63625848
 def coco_stuff(root:str|Path, # holds `images` and `annotations` (or `stuffthingmaps`), itself or in `cocostuff`
                split:str="val", # "train" or "val"
                curated:bool=True # only pictures that are mostly stuff; False = all
@@ -669,17 +692,6 @@ def coco_stuff(root:str|Path, # holds `images` and `annotations` (or `stuffthing
     files = [(name, images/f"{name}.jpg", masks/f"{name}.png") for name in names]
     name = split if curated else f"{split}, not curated"
     return Pictures("coco-stuff", name, list(COARSE), files, label_table(map(_ids, COARSE.values())), crop=320)
-
-def _curated(listed, masks):
-    "Names of the curated pictures: as listed, else by the rule"
-    if listed.exists(): return listed.read_text().split()
-    paths = tqdm(sorted(masks.glob("*.png")), "which are mostly stuff")
-    return [path.stem for path in paths if mostly_stuff(read_labels(path))]
-
-def _inside(root, name):
-    "`root/name` where that exists, else `root`"
-    root = Path(root).expanduser()
-    return root/name if (root/name).is_dir() else root
 
 # %% ../nbs/02_data.ipynb #e7b133b1
 def cityscapes(root:str|Path, # folder that holds `leftImg8bit` and `gtFine`, or holds them in `cityscapes`
@@ -720,6 +732,17 @@ def _mat(path, key, what, good):
 COMPRESSED, ARRAY = 15, 14 # kinds of elements
 NUMBERS_OF = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"} # NumPy's
 
+def _elements(raw, order):
+    "Kind and content of each element; those of up to four bytes have both counts in four bytes"
+    at = 0
+    while at < len(raw):
+        kind, size = struct.unpack_from(f"{order}II", raw, at)
+        start, size = (at + 4, kind >> 16) if kind >> 16 else (at + 8, size)
+        if start + size > len(raw): raise ValueError("not complete")
+        yield kind & 0xffff, raw[start:start + size]
+        at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != COMPRESSED else 0)
+
+# %% ../nbs/02_data.ipynb #2403f4ec
 def _arrays(raw):
     "Name and content of each array of real numbers"
     order = {b"IM": "<", b"MI": ">"}[bytes(raw[126:128])]
@@ -735,16 +758,6 @@ def _unzipped(kind, content, order):
     "Kind and content of an element, or of the one that is compressed in it"
     if kind != COMPRESSED: return kind, content
     return next(_elements(memoryview(zlib.decompress(content)), order), (None, content))
-
-def _elements(raw, order):
-    "Kind and content of each element; those of up to four bytes have both counts in four bytes"
-    at = 0
-    while at < len(raw):
-        kind, size = struct.unpack_from(f"{order}II", raw, at)
-        start, size = (at + 4, kind >> 16) if kind >> 16 else (at + 8, size)
-        if start + size > len(raw): raise ValueError("not complete")
-        yield kind & 0xffff, raw[start:start + size]
-        at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != COMPRESSED else 0)
 
 # %% ../nbs/02_data.ipynb #d0e82623
 CORNERS = np.array([255, 1, 3, 2, 5, 255, 4, 0], np.uint8) # of black, blue, green, cyan, red, magenta, yellow, white
@@ -796,6 +809,7 @@ def _mat_files(base, split):
     listed = _need("potsdam", base/f"labelled_{dict(val='test', train='train')[split]}.txt")
     return [(name, base/f"imgs/{name}.mat", base/f"gt/{name}.mat") for name in listed.read_text().split()]
 
+# %% ../nbs/02_data.ipynb #e0f0401b
 def _tile_files(base):
     "Crops of all tiles that have labels"
     tiles = sorted(_need("potsdam", base/"2_Ortho_RGB").rglob("top_potsdam_*_RGB.tif"))
@@ -925,13 +939,13 @@ def open_data(name:str, # a key of `DATA`
     if complete and "root" in takes: _check_complete(pictures)
     return pictures
 
+# %% ../nbs/02_data.ipynb #3c9ab7a4
 def _root(name, root):
     "The folder. Raises ValueError or FileNotFoundError where there is none"
     if root is None: raise ValueError(f"{name} needs root, the folder where it lies; {_advice(name)}")
     if not Path(root).expanduser().is_dir(): raise FileNotFoundError(f"no folder {root} for {name}; {_advice(name)}")
     return root
 
-# %% ../nbs/02_data.ipynb #3c9ab7a4
 def _check_complete(pictures):
     "Raises FileNotFoundError, which counts the missing files, unless all exist"
     paths = [path for entry in pictures.files for path in entry if isinstance(path, Path)]
@@ -1021,6 +1035,7 @@ class Post:
     facts:tuple = ()         # what the summary must name, in the order of `FACTS`
     others:tuple = ()        # what the distractors say instead
 
+# %% ../nbs/02_data.ipynb #16aba144
 def summary_of(facts:Iterable[str] # one for each of `FACTS`
               ) -> str:
     "The summary that names these facts"
@@ -1032,6 +1047,7 @@ def _facts(dice, domain, but=None):
     kinds = DOMAINS[domain] | dict(who=PEOPLE, shade=SHADES, day=DAYS)
     return {kind: dice.pick([o for o in kinds[kind] if not but or o != but[kind]]) for kind in FACTS}
 
+# %% ../nbs/02_data.ipynb #dedb13f9
 def _sentence(frame, facts):
     "A frame with its facts, and the (start, end) of each word of a fact"
     text, spans = "", []
@@ -1105,6 +1121,14 @@ SEPARATOR = "\n\nTL;DR:" # between a post and its summary
 POST_COLUMNS = dict(context=("context", "post", "prompt", "document"),
                     summary=("summary", "ref_text", "chosen", "completion", "highlights"))
 
+def _column(path, kind, there):
+    "The name under which a file has its contexts or its summaries"
+    for column in POST_COLUMNS[kind]:
+        if column in there: return column
+    raise ValueError(f"{path} has no column for the {kind}: call it {' or '.join(POST_COLUMNS[kind])}; "
+                     f"there are {', '.join(map(str, there))}")
+
+# %% ../nbs/02_data.ipynb #7e3a65d8
 def read_posts(path:str|Path # .csv, or JSON lines
               ) -> list: # of `Post`
     "Posts and summaries from a file. Raises FileNotFoundError or ValueError, which names the line"
@@ -1119,13 +1143,6 @@ def read_posts(path:str|Path # .csv, or JSON lines
             raise ValueError(f"{path}, line {n}: the {'summary' if context else 'context'} is empty")
         found.setdefault(context, Post(f"{Path(path).name} {n}", context, summary))
     return list(found.values())
-
-def _column(path, kind, there):
-    "The name under which a file has its contexts or its summaries"
-    for column in POST_COLUMNS[kind]:
-        if column in there: return column
-    raise ValueError(f"{path} has no column for the {kind}: call it {' or '.join(POST_COLUMNS[kind])}; "
-                     f"there are {', '.join(map(str, there))}")
 
 # %% ../nbs/02_data.ipynb #ce040ab3
 def _answer(text):
@@ -1147,14 +1164,6 @@ def _compared(post, summaries, choice):
     return f"{post}{SEPARATOR}", texts[choice], texts[1-choice]
 
 # %% ../nbs/02_data.ipynb #1978a95f
-def read_pairs(source:str|Path, # JSON lines, or a data set of the hub
-               split:str="train" # of the hub's data set
-              ) -> list: # of dict(prompt, chosen, rejected)
-    "Preference pairs. Raises ValueError, which names the line where a side is missing or both are the same"
-    rows = _table(source) if Path(source).expanduser().exists() else _hub_rows(source, split)
-    if not rows: raise ValueError(f"{source} holds no pairs")
-    return [_checked_pair(row, f"{source}, line {n}") for n, row in rows]
-
 def _checked_pair(row, where):
     "dict(prompt, chosen, rejected) of a row. Raises ValueError, which names the line"
     try:
@@ -1167,6 +1176,7 @@ def _checked_pair(row, where):
     if same: raise ValueError(f"{where}: chosen and rejected are the same")
     return pair
 
+# %% ../nbs/02_data.ipynb #c4ac9448
 def _hub_rows(name, split):
     "(line number, row) of a data set of the hub"
     try: from datasets import load_dataset
@@ -1177,3 +1187,12 @@ def _hub_rows(name, split):
         why = " ".join(str(e).split())[:120]
         raise ValueError(f"{name} is no file here, and the hub gives no such data set ({why}): "
                          "pass a file of JSON lines with prompt, chosen and rejected") from None
+
+# %% ../nbs/02_data.ipynb #d39f4d28
+def read_pairs(source:str|Path, # JSON lines, or a data set of the hub
+               split:str="train" # of the hub's data set
+              ) -> list: # of dict(prompt, chosen, rejected)
+    "Preference pairs. Raises ValueError, which names the line where a side is missing or both are the same"
+    rows = _table(source) if Path(source).expanduser().exists() else _hub_rows(source, split)
+    if not rows: raise ValueError(f"{source} holds no pairs")
+    return [_checked_pair(row, f"{source}, line {n}") for n, row in rows]
