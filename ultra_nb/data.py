@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'FORMATS', 'MAX_PIXELS', 'ORIENTATION', 'IGNORE', 'BACKGROUNDS', 'OBJECTS', 'CLASSES', 'COLOURS', 'VOC',
-           'COARSE', 'COMPRESSED', 'ARRAY', 'NUMBERS_OF', 'CORNERS', 'POTSDAM', 'MERGED', 'DATA', 'FACTS', 'PEOPLE',
-           'SHADES', 'DAYS', 'DOMAINS', 'WANTS', 'WHY', 'ASKS', 'OTHER_WANTS', 'OTHER_WHY', 'OTHER_ASKS', 'FILLERS',
-           'WRONG', 'SEPARATOR', 'POST_COLUMNS', 'asset_dir', 'asset', 'sha256', 'listed_sums', 'check_assets',
-           'to_8bit', 'to_rgb', 'open_image', 'read_image', 'Dice', 'Thing', 'Scene', 'scene', 'Drawn', 'Scenes',
-           'Sample', 'read_labels', 'label_table', 'to_classes', 'read_pair', 'centre_square', 'Pictures', 'scenes',
-           'voc', 'mostly_stuff', 'coco_stuff', 'cityscapes', 'read_mat', 'tile_labels', 'read_tile', 'potsdam',
-           'folder', 'Source', 'open_data', 'Report', 'check_data', 'Post', 'summary_of', 'post', 'Posts', 'read_posts',
-           'read_pairs']
+           'COARSE', 'MAT_COMPRESSED', 'MAT_ARRAY', 'MAT_NUMBERS', 'CORNERS', 'POTSDAM', 'MERGED', 'DATA', 'FACTS',
+           'PEOPLE', 'SHADES', 'DAYS', 'DOMAINS', 'WANTS', 'WHY', 'ASKS', 'OTHER_WANTS', 'OTHER_WHY', 'OTHER_ASKS',
+           'FILLERS', 'SWAPPED', 'SEPARATOR', 'POST_COLUMNS', 'asset_dir', 'asset', 'sha256', 'listed_sums',
+           'check_assets', 'to_8bit', 'to_rgb', 'open_image', 'read_image', 'Dice', 'Thing', 'Scene', 'scene', 'Drawn',
+           'Scenes', 'Sample', 'read_labels', 'label_table', 'to_classes', 'read_pair', 'centre_square', 'Pictures',
+           'scenes', 'voc', 'mostly_stuff', 'coco_stuff', 'cityscapes', 'read_mat', 'tile_labels', 'read_tile',
+           'potsdam', 'folder', 'Source', 'open_data', 'Report', 'check_data', 'Post', 'summary_of', 'post', 'Posts',
+           'read_posts', 'read_pairs']
 
 # %% ../nbs/02_data.ipynb #75b7e77c
 import csv
@@ -729,8 +729,8 @@ def _mat(path, key, what, good):
     raise ValueError(f"{path} cannot be read as a MATLAB file with {key!r}, {what}: copy it again")
 
 # %% ../nbs/02_data.ipynb #e3e4c759
-COMPRESSED, ARRAY = 15, 14 # kinds of elements
-NUMBERS_OF = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"} # NumPy's
+MAT_COMPRESSED, MAT_ARRAY = 15, 14 # kinds of elements in a MATLAB file; below, NumPy's names of its kinds of numbers
+MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 
 def _elements(raw, order):
     "Kind and content of each element; those of up to four bytes have both counts in four bytes"
@@ -740,7 +740,7 @@ def _elements(raw, order):
         start, size = (at + 4, kind >> 16) if kind >> 16 else (at + 8, size)
         if start + size > len(raw): raise ValueError("not complete")
         yield kind & 0xffff, raw[start:start + size]
-        at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != COMPRESSED else 0)
+        at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != MAT_COMPRESSED else 0)
 
 # %% ../nbs/02_data.ipynb #2403f4ec
 def _arrays(raw):
@@ -748,15 +748,15 @@ def _arrays(raw):
     order = {b"IM": "<", b"MI": ">"}[bytes(raw[126:128])]
     for element in _elements(raw[128:], order):
         kind, content = _unzipped(*element, order)
-        if kind != ARRAY: continue
+        if kind != MAT_ARRAY: continue
         (_, flags), (_, shape), (_, name), (number, values), *_ = _elements(content, order)
         if struct.unpack_from(f"{order}I", flags)[0] & 0x8ff not in range(6, 16): continue # text, cells, complex, ..
         sides = np.frombuffer(shape, f"{order}i4")
-        yield bytes(name).decode(), np.frombuffer(values, order + NUMBERS_OF[number]).reshape(sides, order="F")
+        yield bytes(name).decode(), np.frombuffer(values, order + MAT_NUMBERS[number]).reshape(sides, order="F")
 
 def _unzipped(kind, content, order):
     "Kind and content of an element, or of the one that is compressed in it"
-    if kind != COMPRESSED: return kind, content
+    if kind != MAT_COMPRESSED: return kind, content
     return next(_elements(memoryview(zlib.decompress(content)), order), (None, content))
 
 # %% ../nbs/02_data.ipynb #d0e82623
@@ -1067,8 +1067,8 @@ def _joined(sentences):
     return text.rstrip(), tuple(decisive), tuple(distractors)
 
 # %% ../nbs/02_data.ipynb #322fa130
-WRONG = [("who", "shade", "thing"), ("verb", "thing"), ("reason",), # what a rejected summary has from a distractor
-         ("plan", "day"), ("who", "reason"), ("shade", "day")]
+SWAPPED = [("who", "shade", "thing"), ("verb", "thing"), ("reason",), # what a rejected summary has from a distractor
+           ("plan", "day"), ("who", "reason"), ("shade", "day")]
 
 def post(seed:int # whole number >= 0
         ) -> Post: # of 60 to 200 words
@@ -1083,7 +1083,7 @@ def post(seed:int # whole number >= 0
     while sum(len(s.split()) for s, *_ in sentences) < words: sentences.append((dice.pick(FILLERS), [], False))
     order = np.argsort(dice.uniform(shape=(len(sentences),)), kind="stable")
     context, decisive, distractors = _joined(sentences[i] for i in order)
-    wrong = true | {kind: other[kind] for kind in dice.pick(WRONG)}
+    wrong = true | {kind: other[kind] for kind in dice.pick(SWAPPED)}
     return Post(f"{domain} {seed}", context, summary_of(true.values()), summary_of(wrong.values()),
                 decisive, distractors, tuple(true.values()), tuple(other.values()))
 
