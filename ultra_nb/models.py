@@ -202,12 +202,13 @@ def _load_pickle(file):
         raise WeightsError(f"{file} cannot be read as weights, it may be incomplete: "
                            f"fetch it again ({shortened(e, 80)})") from None
 
+# %% ../nbs/01_models.ipynb #dc77a665
 def _unpickled(file, why):
     "The error for a pickle that torch refuses: it holds code, or something else than weights"
     code = re.search(r"(?:GLOBAL|[Uu]nsupported class|unrecognized function|instantiate) (\S+)", str(why))
-    if code: return WeightsError(f"{file} holds code ({code[1]}) and was not opened: "
-                                 "convert it to safetensors where you trust it")
-    return WeightsError(f"{file} is not a weights file: expected .safetensors, or a state dict written by torch.save")
+    what = (f"holds code ({code[1]}) and was not opened: convert it to safetensors where you trust it" if code else
+            "is not a weights file: expected .safetensors, or a state dict written by torch.save")
+    return WeightsError(f"{file} {what}")
 
 # %% ../nbs/01_models.ipynb #76ed04d7
 _WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "student") # averaged weights first
@@ -457,9 +458,9 @@ def _timm_file(spec, cfg, name):
     "The file of timm's pretrained weights, fetched where needed"
     files = _hub_files(cfg.hf_hub_filename, ["model.safetensors", "pytorch_model.bin"])
     if cfg.hf_hub_id: return fetch(cfg.hf_hub_id, files, name)
-    if cfg.url: raise WeightsError(f"the weights of {spec} are not on the hub: "
-                                   f"download {cfg.url} and use load({name!r}, weights=FILE)")
-    raise WeightsError(f"timm has no pretrained weights for {spec}: use load({name!r}, weights=FILE)")
+    way = f"use load({name!r}, weights=FILE)"
+    if cfg.url: raise WeightsError(f"the weights of {spec} are not on the hub: download {cfg.url} and {way}")
+    raise WeightsError(f"timm has no pretrained weights for {spec}: {way}")
 
 # %% ../nbs/01_models.ipynb #b3ab8673
 def _must_fit(wrong, file, name):
