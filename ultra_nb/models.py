@@ -388,7 +388,7 @@ def shards(folder:str|Path # a transformers model folder
     return []
 
 # %% ../nbs/01_models.ipynb #ac0a7341
-def _complete(folder):
+def _all_there(folder):
     "Does a folder have all its weights?"
     files = shards(folder)
     return bool(files) and all(f.exists() for f in files)
@@ -402,14 +402,14 @@ def fetch_folder(repo:str, # hub repository of a transformers model, owner/name
     where there is no network"""
     from huggingface_hub import snapshot_download
     try:
-        if _complete(folder := snapshot_download(repo, local_files_only=True)): return Path(folder)
+        if _all_there(folder := snapshot_download(repo, local_files_only=True)): return Path(folder)
     except FileNotFoundError: pass
     try:
         _listed(repo, seconds)
         for weights in ("*.safetensors", "*.bin"):
             wanted = ["*.json", "*.model", "*.txt", weights]
             folder = snapshot_download(repo, allow_patterns=wanted, etag_timeout=seconds)
-            if _complete(folder): return Path(folder)
+            if _all_there(folder): return Path(folder)
     except Exception as e:
         raise _unreachable(repo, "the folder (*.json, tokenizer files, *.safetensors)", name, "FOLDER", e) from None
     raise WeightsError(f"{repo} holds no weights that transformers reads (model.safetensors or pytorch_model.bin)")
