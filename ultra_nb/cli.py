@@ -73,6 +73,7 @@ def _one_line(text, longest=600):
     text = " ".join(text.split())
     return text if len(text) <= longest else f"{text[:longest]}..."
 
+# %% ../nbs/13_cli.ipynb #b5cf99d8
 def _error_message(error):
     "What went wrong, in words"
     full = isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error))
@@ -95,6 +96,7 @@ def _interrupts():
     finally:
         if ours: signal.signal(signal.SIGINT, python)
 
+# %% ../nbs/13_cli.ipynb #8dfb5e1f
 def _interrupted(error):
     "Whether an interrupt is behind an error"
     while error and not isinstance(error, KeyboardInterrupt): error = error.__cause__ or error.__context__
@@ -111,6 +113,7 @@ def _run(argv):
     args.run(args)
     sys.stdout.flush()
 
+# %% ../nbs/13_cli.ipynb #0f30b9d3
 def main(argv:list[str]|None=None # arguments; None = the command line's
         ) -> int: # exit code
     "Entry point of `ultra-nb`. Raises SystemExit for `--help` and for wrong arguments, as argparse does"
@@ -149,6 +152,7 @@ def _as_size(text):
         raise ArgumentTypeError(f"{text!r} is not a size; write 448 or HEIGHTxWIDTH, such as 224x448")
     return sizes[0] if len(sizes) == 1 else sizes
 
+# %% ../nbs/13_cli.ipynb #2ec558d9
 def _as_device(text):
     "The name of a device that works here"
     import torch
@@ -231,6 +235,7 @@ def _backbone(args):
               file=sys.stderr, flush=True)
     return backbone
 
+# %% ../nbs/13_cli.ipynb #151b6cf8
 def _scalar(text, backbone, layer):
     "A scalar's name, or the projection W of a safetensors file that belongs to this model and layer"
     if not text.endswith(".safetensors"): return text
@@ -271,6 +276,7 @@ def _as_point(text):
         raise ArgumentTypeError(what) from None
     return x, y
 
+# %% ../nbs/13_cli.ipynb #8923ecee
 def _explain_options(parser):
     _image_options(parser)
     _mode_option(parser, "exact")
@@ -398,6 +404,7 @@ def _place_options(parser):
     own.add_argument("--ignore", type=int, action=_InRange, low=0, high=255, metavar="V",
                      help="mask value of pixels that do not count, beside 255")
 
+# %% ../nbs/13_cli.ipynb #fc386bbb
 def _dataset_options(parser):
     "A data set and a model that sees it"
     parser.add_argument("dataset", metavar="DATASET",
@@ -427,14 +434,16 @@ def _measure_options(parser, scalars="sum", baselines="measure other explainers 
     parser.add_argument("--skip-bad", action="store_true", help="exit with 0 though some images could not be read")
 
 # %% ../nbs/13_cli.ipynb #f949e49a
-PROTOCOL_NAMES = ["image-hungarian", "image-majority", "dataset-hungarian", "dataset-stego", "dataset-majority"]
-
 def _as_segments(text):
     "Segments an image: a number, or as many as its mask has classes"
     if text == "classes": return text
     if text.isdigit() and int(text) > 0: return int(text)
     raise ArgumentTypeError(f"{text!r} is not a number of segments; write classes, or a whole number from 1")
 
+# %% ../nbs/13_cli.ipynb #313e92c3
+PROTOCOL_NAMES = ["image-hungarian", "image-majority", "dataset-hungarian", "dataset-stego", "dataset-majority"]
+
+# %% ../nbs/13_cli.ipynb #25726e22
 def _evaluate_options(parser):
     _measure_options(parser, "sum, energy and the baselines",
                      "evaluate the baselines too (default: only when neither --scalar nor --threshold is given)")
@@ -481,6 +490,7 @@ def _named_scalars(texts, backbone, layer):
         named[f"ULTra_{name}"] = scalar
     return named
 
+# %% ../nbs/13_cli.ipynb #0036739f
 def _segmenters(args, backbone, classes):
     "What to evaluate, by name"
     from ultra_nb.evaluation import ultra
@@ -525,6 +535,7 @@ def _perturb_options(parser):
                         help="random tokens an image (default: %(default)s)")
     _seed_option(parser, "of tokens, ties and noise")
 
+# %% ../nbs/13_cli.ipynb #84db7121
 def _explainers(args, backbone):
     "What to measure, by name"
     from ultra_nb.interpretability_metrics import EXPLAINERS, ultra_rows
@@ -552,6 +563,7 @@ def _itiou_options(parser):
     parser.add_argument("--tau", type=float, nargs="+", default=[.2], metavar="T",
                         help="threshold in 0..1, or several (default: 0.2)")
 
+# %% ../nbs/13_cli.ipynb #46dfaa25
 @command("itiou", _itiou_options, help="do maps stay on their objects?", epilog=SEVERAL)
 def itiou_command(args:Namespace # of `_itiou_options`
                  ) -> None:
@@ -595,25 +607,30 @@ class _FirstImages(Sequence):
         from tqdm import tqdm
         return iter(tqdm(map(self.__getitem__, range(self.n)), desc="reading", total=self.n, delay=2, leave=False))
 
+# %% ../nbs/13_cli.ipynb #ed21adbe
+def _fit_or_rescue(args, backbone, images, checkpoints):
+    "The learned W. Raises ValueError where learning stopped, once the last good W is saved"
+    from ultra_nb.self_consistency import FitError, fit_projection
+    names = "k", "delta", "kind", "start", "shared", "passes", "lr", "mode", "seed"
+    options = {name: getattr(args, name) for name in names}
+    try: return fit_projection(backbone, images, args.layer, **options, out=checkpoints)
+    except FitError as stopped:
+        if not stopped.projection.history["loss"]: raise
+        stopped.projection.save(args.out, args.force)
+        raise ValueError(f"{stopped}; {args.out} holds the last good W") from None
+
 # %% ../nbs/13_cli.ipynb #4b88a36c
 @command("fit-w", _fit_w_options, help="learn the projection W of ULTra_W")
 def fit_w_command(args:Namespace # of `_fit_w_options`
                  ) -> None:
     """Learns a projection W by self-consistency (eq. 13) on the images of a data set; their masks are not looked at.
     Killed and started again with the same arguments it goes on where it was."""
-    from ultra_nb.self_consistency import FitError, fit_projection
     _check_writable(args.out, ".safetensors", force=args.force)
     dataset, backbone = _dataset(args), _backbone(args)
     if len(dataset) < args.limit:
         raise ValueError(f"--images {args.limit}: {args.dataset} {dataset.split} has 1 to {len(dataset)}")
     images, checkpoints = _FirstImages(dataset, args.limit), Path(f"{args.out}.run")
-    names = "k", "delta", "kind", "start", "shared", "passes", "lr", "mode", "seed"
-    options = {name: getattr(args, name) for name in names}
-    try: learned = fit_projection(backbone, images, args.layer, **options, out=checkpoints)
-    except FitError as stopped:
-        if not stopped.projection.history["loss"]: raise
-        stopped.projection.save(args.out, args.force)
-        raise ValueError(f"{stopped}; {args.out} holds the last good W") from None
+    learned = _fit_or_rescue(args, backbone, images, checkpoints)
     learned.save(args.out, args.force)
     held, angles = learned.history["held out"], learned.history["angle"]
     print(f"{len(angles)} steps: held-out loss {min(held):.0%} of the start's, {angles[-1]:.1f} degrees away from it")
@@ -628,6 +645,7 @@ def _data_options(parser):
                         help="voc, coco-stuff, cityscapes, potsdam, folder or scenes (default: lists them)")
     _place_options(parser)
 
+# %% ../nbs/13_cli.ipynb #f1e52bf8
 def _about(source):
     "Lines about a data set: what it is, where to get it and how to lay it out"
     counts = ", ".join(f"{split} {n}" for split, n in source.counts.items())
@@ -720,6 +738,7 @@ def _train_options(parser):
                                                        "the hub, instead of the settings'")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints and the result")
 
+# %% ../nbs/13_cli.ipynb #357eabf5
 @command("train", _train_options, help="fine-tune (SFT) or align (DPO) a language model",
          epilog="On several GPUs: accelerate launch --config_file data/accelerate_fsdp.yaml -m ultra_nb.cli train "
                 "SETTINGS --out DIR")
@@ -749,6 +768,7 @@ def _as_entry_name(text):
     choices = "table1 .. table8, fig1 .. fig13, or all"
     raise ArgumentTypeError(f"{text!r} is no table or figure of the paper; write {choices}")
 
+# %% ../nbs/13_cli.ipynb #b987a181
 def _as_name_and_path(text):
     "What is on both sides of the first ="
     name, found, path = text.partition("=")
@@ -825,6 +845,7 @@ def _packages_here():
             version = package_version(package)
             yield version, package, version or f"missing: pip install 'ultra_nb[{extra}]'"
 
+# %% ../nbs/13_cli.ipynb #f7d4d408
 def _devices_here():
     "The processor, and a GPU where there is one"
     import torch
