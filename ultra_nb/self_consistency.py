@@ -81,7 +81,7 @@ def differences(backbone, # a vision `Backbone`
                 delta:float, # of `perturb_outside`
                 kind:str="noise", # of `perturb_outside`
                 generator:torch.Generator|None=None # of the noise
-               ) -> Tensor: # $z_i - \tilde z_i$ [N, D]; zero for prefix tokens, and all zero when there is one class only
+               ) -> Tensor: # $z_i - \tilde z_i$ [N, D]; zero for prefix tokens, and everywhere for a single class
     "What perturbing all other classes does to each token"
     d = x.new_zeros(backbone.tokens, backbone.width)
     if len(keep) < 2: return d
@@ -97,7 +97,7 @@ class Projection:
     "W with the history of its training"
     W: Tensor # unit rows [N, D]
     provenance: dict # backbone, layer, size, data, settings
-    history: dict = field(default_factory=dict) # see below
+    history: dict = field(default_factory=dict) # "loss" and "angle" of each step, "held out" of each pass
 
     def save(self, path:str|Path, # the safetensors file
              force:bool=False # replace an older file
@@ -114,12 +114,13 @@ LARGEST = 1000. # rows of W have length one, and far greater ones overflow in th
 AGAIN = "learn W again with ultra-nb fit-w"
 
 def _read_tensors(path, names):
-    """Those of the named tensors that a safetensors file has, and its notes. Raises ValueError where it is damaged, or the
-    numbers are not finite floating-point ones"""
+    """Those of the named tensors that a safetensors file has, and its notes. Raises ValueError where it is damaged, or
+    the numbers are not finite floating-point ones"""
     try:
         with safe_open(path, "pt") as f: # clones, as the file could change under tensors that are mapped from it
             tensors, meta = {k: f.get_tensor(k).clone() for k in names if k in f.keys()}, f.metadata() or {}
-    except Exception: raise ValueError(f"{path} is not a complete safetensors file: take it away, then {AGAIN}") from None
+    except Exception:
+        raise ValueError(f"{path} is not a complete safetensors file: take it away, then {AGAIN}") from None
     for name, t in tensors.items():
         if not t.is_floating_point():
             raise ValueError(f"{path} holds {name} as {t.dtype}, not as floating-point numbers")
@@ -240,8 +241,9 @@ def _check_settings(backbone, images, s):
     for name in ("passes", "batch", "lr"):
         if not 0 < s[name] < np.inf: raise ValueError(f"{name}={s[name]}: it must be a number greater than 0")
     if not np.isfinite(s["delta"]): raise ValueError(f"delta={s['delta']}: it must be a number")
-    if not 0 < round(s["held_out"] * len(images)) < len(images):
-        raise ValueError(f"held_out={s['held_out']} of {len(images)} images leaves none to hold out or none to train on")
+    n, held_out = len(images), s["held_out"]
+    if not 0 < round(held_out * n) < n:
+        raise ValueError(f"held_out={held_out} of {n} images leaves none to hold out or none to train on")
 
 # %% ../nbs/07_self_consistency.ipynb #a50e3348
 def _initial(backbone, start, shared, seed):
@@ -311,16 +313,17 @@ def fit_projection(backbone, # a vision `Backbone`, frozen
                     held_out=held_out, mode=mode, seed=seed)
     _check_settings(backbone, images, settings)
     layer, trainer = backbone.layer(layer), _Trainer(_initial(backbone, start, shared, seed), lr)
-    provenance = _origin(backbone, layer) | dict(model=backbone.name, data_hash=_images_hash(images), images=len(images))
-    provenance |= settings
+    data = dict(data_hash=_images_hash(images), images=len(images))
+    provenance = _origin(backbone, layer) | dict(model=backbone.name) | data | settings
     learned = lambda: Projection(trainer.best.expand(backbone.tokens, -1).contiguous(), provenance, trainer.history)
     def seen_one(i, step):
         x = backbone.inputs(_image_of(images[i]))
         try: return _differences_with(trainer.W, backbone, x, layer, settings, _noise(seed, step, i))
         except ValueError as error: raise FitError(f"image {i}: {error}", learned()) from None
     def seen(part, step): return torch.stack(list(pool.map(seen_one, part.tolist(), [step] * len(part))))
+    held, batches, each = _batches(len(images), held_out, batch, passes, seed)
     with one_thread_each(trainer.theta.device) as pool, (Run(out, provenance) if out else nullcontext()) as run:
-        _train(trainer, seen, *_batches(len(images), held_out, batch, passes, seed), run)
+        _train(trainer, seen, held, batches, each, run)
     if delta and not any(trainer.history["loss"]):
         raise ValueError(f"with k={k} every image is one segment, so nothing was perturbed: take a larger k")
     return learned()
