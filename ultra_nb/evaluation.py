@@ -175,11 +175,13 @@ def ultra(scalar="sum" # as in `explain`
     "ULTra with one of its scalars"
     return lambda case: case.segment(case.maps(scalar))
 
+# %% ../nbs/10_evaluation.ipynb #521472a8
 def one_cluster(case:Case # an image
                ) -> np.ndarray: # [H, W]
     "The whole image is one segment: what must be beaten at least"
     return np.zeros(case.size, int)
 
+# %% ../nbs/10_evaluation.ipynb #a53738f3
 def latent_tokens(case:Case # an image
                  ) -> np.ndarray: # [H, W]
     "The same clustering, of the latent tokens themselves: what the maps must add to"
@@ -193,6 +195,7 @@ def _colours(case, size):
     y, x = np.mgrid[:h, :w]
     return np.concatenate([colour, np.stack([y / h, x / w], -1)], -1).reshape(-1, 5)
 
+# %% ../nbs/10_evaluation.ipynb #1c87f58c
 def pixel_kmeans(case:Case # an image
                 ) -> np.ndarray: # [H, W]
     "k-means of pixel colours and positions, on the picture made small (56 pixels high and wide)"
@@ -200,6 +203,7 @@ def pixel_kmeans(case:Case # an image
     grid = (56, 56)
     return case.spread(KMeans(case.segments, n_init=3, random_state=0).fit_predict(_colours(case, grid)), grid)
 
+# %% ../nbs/10_evaluation.ipynb #c8669c6f
 def pixel_tree(case:Case # an image
               ) -> np.ndarray: # [H, W]
     "Ward clustering of the patches' mean colours and positions"
@@ -229,6 +233,7 @@ def _check_clusters(clusters, segments):
     if segments >= clusters: return
     raise ValueError(f"{segments} segments cannot make {clusters} clusters; take more images, or an image protocol")
 
+# %% ../nbs/10_evaluation.ipynb #357420ff
 def cluster_segments(features:np.ndarray, # of `segment_features` [M, D]
                      k:int, # number of clusters
                      seed:int=0 # of k-means
@@ -245,6 +250,7 @@ def _unpacked(text, rows):
     "`_packed` vectors [rows, D]"
     return np.frombuffer(base64.b64decode(text), np.float16).reshape(rows, -1).astype(np.float32)
 
+# %% ../nbs/10_evaluation.ipynb #451b9451
 def row_of(case:Case, # an image
            methods:dict, # name to method
            described:bool=False # add the features of the segments
@@ -259,6 +265,7 @@ def row_of(case:Case, # an image
         row.setdefault("described", {})[name] = _packed(features)
     return row
 
+# %% ../nbs/10_evaluation.ipynb #9b178cc9
 def _table(row, method, classes):
     "Pixel counts of a row, over all classes [K, C]"
     counts = np.asarray(row["counts"][method], np.int64)
@@ -300,6 +307,7 @@ def _pixels(tables, metric):
     if metric == "U.ACC": return hits.sum(1, keepdims=True), tables.sum((1, 2))[:, None]
     return hits, tables.sum(1) + tables[:, :C].sum(2) - hits
 
+# %% ../nbs/10_evaluation.ipynb #cc99664d
 def _moved(hits, whole):
     "How far each image moves the mean of the classes' ratios, to first order; its share of a class's pixels [n, K]"
     total = np.maximum(whole.sum(0), 1)
@@ -327,6 +335,7 @@ def _scores(tables):
     whole = Confusion(tables.shape[2], tables.sum(0))
     return {"U.mIoU": whole.miou, "U.ACC": whole.accuracy}
 
+# %% ../nbs/10_evaluation.ipynb #1abdefc9
 def metrics_of(tables:np.ndarray, # [n, C + 1, C]
                minus:np.ndarray|None=None # of another method on the same images [n, C + 1, C]
               ) -> dict: # percent: "U.mIoU", "U.mIoU low", .., "U.ACC", ..

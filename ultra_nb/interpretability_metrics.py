@@ -31,6 +31,7 @@ def image_seed(x:Tensor, # an image [C, H, W], or several [B, C, H, W]
     "A seed that belongs to an image: the same wherever it stands in a data set"
     return int(np.random.SeedSequence([seed, zlib.crc32(x.cpu().numpy().tobytes())]).generate_state(1)[0])
 
+# %% ../nbs/08_interpretability_metrics.ipynb #d267180c
 def random_rows(backbone:Backbone, # a vision backbone
                 inputs:Tensor, # images [B, C, H, W]
                 layer:int, # the paper's l
@@ -51,6 +52,7 @@ def attention_rows(backbone:Backbone, # a vision backbone
     with torch.no_grad(), attention_tap() as tap: z = top(top.z)
     return own_attention(tap.attention, z, top.block).mean(1)[:, tokens]
 
+# %% ../nbs/08_interpretability_metrics.ipynb #2fb8ff75
 def rollout_rows(backbone:Backbone, # a vision backbone
                  inputs:Tensor, # images [B, C, H, W]
                  layer:int, # the paper's l
@@ -74,6 +76,7 @@ def gradient_attention_rows(backbone:Backbone, # a vision backbone
     A, grad = _own_rows(below(backbone, inputs, layer=layer)[-1])
     return (grad.relu() * A).mean(1)[:, tokens]
 
+# %% ../nbs/08_interpretability_metrics.ipynb #bc4c1e03
 @gradients()
 def legrad_rows(backbone:Backbone, # a vision backbone
                 inputs:Tensor, # images [B, C, H, W]
@@ -94,6 +97,7 @@ def ultra_rows(scalar="sum", # as in `explain`
         return explain(backbone, inputs, layer=layer, tokens=tokens, scalar=scalar, mode=mode, order=order)
     return rows
 
+# %% ../nbs/08_interpretability_metrics.ipynb #633b2f40
 EXPLAINERS: dict[str, Callable] = {
     "random": random_rows, "attention": attention_rows, "rollout": rollout_rows,
     "gradient x attention": gradient_attention_rows, "LeGrad": legrad_rows}
@@ -115,6 +119,7 @@ def object_masks(maps:Tensor, # scaled to 0..1 and upsampled [.., H, W]
     "Where each map reaches the threshold (eq. 14)"
     return maps >= tau
 
+# %% ../nbs/08_interpretability_metrics.ipynb #7152cd46
 def patch_classes(mask:np.ndarray, # class of each pixel, 255 = ignore [H, W]
                   grid:tuple[int, int] # (h, w)
                  ) -> np.ndarray: # class with most pixels in each patch, 255 where most are ignored [h*w]
@@ -256,6 +261,7 @@ def area(heights, # [.., m]
     heights = np.asarray(heights, float)
     return trapezoid(heights, shares) / (shares[-1] - shares[0]) if len(shares) > 1 else heights[..., 0]
 
+# %% ../nbs/08_interpretability_metrics.ipynb #a2458d55
 def tied(maps:Tensor, # one per token [T, n]
          own:Tensor, # patch of each token, -1 for CLS and registers [T]
          share:float # of the other patches, 0..1
@@ -301,6 +307,7 @@ def _moves(rows, method, shares):
     worth = {f"{kind} difference": areas[f"{kind}-positive"] - areas[f"{kind}-negative"] for kind in PERTURBATIONS}
     return areas | worth
 
+# %% ../nbs/08_interpretability_metrics.ipynb #b6ba8ff9
 def _perturbation_metrics(rows, methods, shares, k, seed):
     "Metrics and details of a `Result`"
     found = {m: with_intervals(_moves(rows, m, shares), seed) for m in methods}
@@ -314,6 +321,7 @@ def _vision(backbone, layer):
     if backbone.grid is not None: return backbone.layer(layer)
     raise ValueError(f"{backbone.name or 'this model'} is a language model: it has no patches to measure")
 
+# %% ../nbs/08_interpretability_metrics.ipynb #198474d9
 def _check_perturbation(shares, k, patches):
     "Raises ValueError for shares that are not ascending or perturb nothing, and for more tokens than patches"
     if not 1 <= k <= patches: raise ValueError(f"k={k}: choose 1 to {patches}, the number of patch tokens")
@@ -373,6 +381,7 @@ def class_mean(by_class:dict, # class to numbers
     kept = [v for c, v in by_class.items() if classes is None or int(c) in classes]
     return np.mean(kept, 0) if kept else np.full(np.shape(next(iter(by_class.values()), ())), np.nan)
 
+# %% ../nbs/08_interpretability_metrics.ipynb #b9c24ea9
 def _counted(rows, classes):
     "The images that have a class that owns a patch, among some classes. Raises ValueError where none has"
     owners = lambda r: next(iter(r["pointing"].values()))
@@ -388,6 +397,7 @@ def _overlaps(rows, method, taus, classes):
     columns = np.transpose([both(r) for r in _counted(rows, classes)])
     return dict(zip([*names, "pointing", "chance"], columns, strict=True))
 
+# %% ../nbs/08_interpretability_metrics.ipynb #47509ea3
 def _overlap_metrics(rows, methods, taus, classes, seed):
     "Metrics and details of a `Result`"
     found = {m: with_intervals(_overlaps(rows, m, taus, classes), seed) for m in methods}

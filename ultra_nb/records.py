@@ -93,6 +93,7 @@ def write_json(path:str|Path, # the file
     "Writes what JSON can hold, in one move"
     return write_bytes(path, (json.dumps(what, indent=1) + "\n").encode())
 
+# %% ../nbs/03_records.ipynb #235b4b6c
 def read_json(path:str|Path # the file
              ) -> dict: # what it holds
     "A JSON object. Raises ValueError, which names the file, for anything else"
@@ -108,6 +109,7 @@ def sealed(what:dict, # as JSON can hold it
     "A dict with a checksum of itself"
     return what | dict(check=zlib.crc32(json.dumps(what).encode(), salt))
 
+# %% ../nbs/03_records.ipynb #03705a56
 def unsealed(found, # what was read
              salt:int=0 # of `sealed`
             ) -> dict|None: # without "check"; None where it was changed
@@ -146,6 +148,7 @@ def _drop_half_line(path):
     whole = path.read_bytes().rpartition(b"\n")
     os.truncate(path, len(whole[0] + whole[1]))
 
+# %% ../nbs/03_records.ipynb #60af6037
 def _rows_of(path, salt):
     "Rows of a file of sealed lines, in its order. Raises ValueError for a line that was changed"
     for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
@@ -252,6 +255,7 @@ def interval(values:np.ndarray, # one per image [n]; NaN = none
     means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
     return (float(values.mean()), *(float(q) for q in np.quantile(means, (.025, .975))))
 
+# %% ../nbs/03_records.ipynb #7d88277c
 def with_intervals(values:dict, # metric to its values, one per image [n]
                    seed:int=0 # of `interval`
                   ) -> dict: # each metric, "metric low", "metric high"
@@ -268,6 +272,7 @@ def sides(differences:dict, # name to metrics with their intervals
     below = [name for name, d in differences.items() if d[f"{metric} high"] < 0]
     return above, below, [name for name in differences if name not in above + below]
 
+# %% ../nbs/03_records.ipynb #dde985fc
 def told(found:dict, # of `with_intervals`
          name:str # one of its metrics
         ) -> str: # mean (low to high)
@@ -304,6 +309,7 @@ def process_rank() -> int: # 0, 1, ..
     except ValueError:
         raise ValueError("RANK and WORLD_SIZE must be numbers: use accelerate launch, or unset both") from None
 
+# %% ../nbs/03_records.ipynb #31d63a06
 @contextmanager
 def _processes(device):
     "(rank, number of processes, a function that waits for all): one process unless `accelerate launch` started several"
@@ -324,6 +330,7 @@ def _row(i, dataset, work, known):
     if known[i]["sha256"] == content: return known[i]
     raise ValueError(f"{sample.name} is not the picture and mask that were measured under this name; name a new folder")
 
+# %% ../nbs/03_records.ipynb #dc8b2574
 def _each(row, indices, pool, **options):
     "Rows in order, with progress; no more than some at a time, however long the list"
     rows = (r for start in range(0, len(indices), 1024) for r in pool.map(row, indices[start:start + 1024]))
@@ -337,6 +344,7 @@ def _list_hash(dataset, n):
         digest.update(("\n" * bool(i) + name).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
+# %% ../nbs/03_records.ipynb #498752ba
 def _try(row, n, out):
     "Measures the first image that can be read, where the folder is new"
     if not (Path(out) / "settings.json").exists(): next((r for r in map(row, range(n)) if "error" not in r), None)

@@ -50,6 +50,7 @@ def check_finite(maps:Tensor # of any shape
     if maps.isfinite().all(): return
     raise ValueError("the maps contain NaN or infinity; check the inputs and the model's weights")
 
+# %% ../nbs/06_segmentation.ipynb #668824bb
 def cluster_tree(rows:Tensor, # one vector per token: its scaled map [n, n], or anything else [n, m]
                  linkage:str="average", # "average" | "complete" | "single" | "ward"
                  metric:str="cosine" # "cosine" | "correlation" | "euclidean" (ward: euclidean only)

@@ -31,6 +31,7 @@ def _blurred(x, sigma=8.):
     from torchvision.transforms.v2.functional import gaussian_blur
     return gaussian_blur(x, 2 * int(2 * sigma) + 1, sigma)
 
+# %% ../nbs/07_self_consistency.ipynb #1e118752
 def perturb_outside(x:Tensor, # image as the model wants it [1, 3, H, W]
                     keep:Tensor, # patches that stay as they are [C, h, w], a row per copy
                     delta:float, # strength; 0 gives x back
@@ -52,6 +53,7 @@ def unit(theta:Tensor # [N, D]
     "Rows of length one"
     return F.normalize(theta, dim=-1, eps=torch.finfo(theta.dtype).tiny)
 
+# %% ../nbs/07_self_consistency.ipynb #ee07958e
 def loss(theta:Tensor, # $\Theta$ [N, D], or [D] for one vector shared by all tokens
          differences:Tensor # $z_i - \tilde z_i$ [.., N, D], zero where a token does not count
         ) -> Tensor: # [..]
@@ -200,6 +202,7 @@ def _packed_training(trainer):
     tensors = dict(theta=trainer.theta.detach().cpu(), best=trainer.best.cpu(), **adam)
     return save(tensors, dict(history=json.dumps(trainer.history)))
 
+# %% ../nbs/07_self_consistency.ipynb #7f59f37a
 def _history(meta):
     "What notes say of a training, {} where they cannot be read"
     try: return {name: [float(v) for v in values] for name, values in json.loads(meta["history"]).items()}
@@ -231,6 +234,7 @@ class FitError(ValueError):
         super().__init__(message)
         self.projection = projection
 
+# %% ../nbs/07_self_consistency.ipynb #e85d1101
 def _check_settings(backbone, images, s):
     "Raises ValueError for settings that cannot work"
     most = len(backbone.patches)
@@ -252,12 +256,14 @@ def _initial(backbone, start, shared, seed):
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return unit(torch.ones(shape) if start == "ones" else drawn).to(next(backbone.model.parameters()))
 
+# %% ../nbs/07_self_consistency.ipynb #1c3b8bd7
 def _batches(n, held_out, batch, passes, seed):
     "Which of n images are held out, the batches of all passes, and how many batches a pass has"
     held, train = np.split(np.random.default_rng(seed).permutation(n), [round(held_out * n)])
     each = max(1, round(len(train) / batch))
     return held, np.array_split(train, each) * passes, each
 
+# %% ../nbs/07_self_consistency.ipynb #a64f5e8c
 def _noise(seed, step, i):
     "A generator that depends on nothing but these three"
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, i]).generate_state(1)[0]))
@@ -270,6 +276,7 @@ def _images_hash(images):
     each = (hashlib.sha256(np.asarray(_image_of(item)).tobytes()).digest() for item in images)
     return hashlib.sha256(b"".join(each)).hexdigest()
 
+# %% ../nbs/07_self_consistency.ipynb #c5b9ad43
 def _differences_with(W, backbone, x, layer, s, generator):
     "`differences` of an image segmented with W [N, D]. Raises ValueError where tokens are not finite"
     keep = classes_of(backbone, x, W, layer, s["k"], s["mode"])
