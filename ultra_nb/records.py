@@ -27,38 +27,47 @@ from tqdm import tqdm
 # %% ../nbs/03_records.ipynb #a47f2302
 PACKAGES = "ultra_nb torch torchvision timm open_clip_torch transformers numpy scipy".split()
 
-def package_version(package:str) -> str|None: # None where it is not installed
+def package_version(package:str # its name in the package index
+                   ) -> str|None: # None where it is not installed
     "Version of an installed package"
     try: return version(package)
     except PackageNotFoundError: return None
 
+# %% ../nbs/03_records.ipynb #5659f78b
 def _git(*args):
     done = subprocess.run(["git", *args], cwd=Path(ultra_nb.__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 def commit() -> str|None: # abbreviated hash of the checkout this library runs from
     "The commit of the project's checkout; None for an installed package"
-    try: here = _git("rev-parse", "--short=12", "HEAD") if (Path(ultra_nb.__file__).parent.parent / "settings.ini").exists() else None
-    except OSError: here = None
+    if not (Path(ultra_nb.__file__).parent.parent / "settings.ini").exists(): return None
+    try: here = _git("rev-parse", "--short=12", "HEAD")
+    except OSError: return None
     return here and here + ("+" if _git("status", "--porcelain") else "")
 
-def device_name(device:str|torch.device="cpu") -> str:
+# %% ../nbs/03_records.ipynb #7a770991
+def device_name(device:str|torch.device="cpu" # as PyTorch names it
+               ) -> str: # the card's name, or the processor's family and the number of threads
     "What a device is, in words"
     if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 # %% ../nbs/03_records.ipynb #0d7997ea
 @contextmanager
-def needs(extra:str): # of settings.ini: "llm" | "notebook" | ..
+def needs(extra:str # of settings.ini: "llm" | "notebook" | ..
+         ):
     "Around the import of packages of an extra. Raises ImportError, one line, where one is missing"
     try: yield
-    except ModuleNotFoundError as e: raise ImportError(f"this needs the package {e.name}: pip install 'ultra_nb[{extra}]'") from None
+    except ModuleNotFoundError as e:
+        raise ImportError(f"this needs the package {e.name}: pip install 'ultra_nb[{extra}]'") from None
 
 # %% ../nbs/03_records.ipynb #13072c4c
 SCRATCH = ".ultra_nb-" # how the names of unfinished files begin
 
-def write_bytes(path:str|Path, content:bytes) -> Path:
-    "Writes a file in one move, with its folder where that is missing. Raises OSError, which names the file"
+def write_bytes(path:str|Path, # the file; its folder is made where it is missing
+                content:bytes # all of it
+               ) -> Path: # the file
+    "Writes a file in one move. Raises OSError, which names the file"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{SCRATCH}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}-"
@@ -71,30 +80,36 @@ def write_bytes(path:str|Path, content:bytes) -> Path:
     finally: scratch.unlink(missing_ok=True)
     return path
 
-def foreign(folder:str|Path) -> list[str]:
+# %% ../nbs/03_records.ipynb #55a422b3
+def foreign(folder:str|Path # one that exists
+           ) -> list[str]: # in order
     "Names in a folder that are neither a lock nor an unfinished file of this library"
     return sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith((SCRATCH, ".part-", ".lock")))
 
 # %% ../nbs/03_records.ipynb #87165d0e
 def write_json(path:str|Path, # the file
                what # dict, list, string, number, ..
-              ) -> Path:
+              ) -> Path: # the file
     "Writes what JSON can hold, in one move"
     return write_bytes(path, (json.dumps(what, indent=1) + "\n").encode())
 
-def read_json(path:str|Path) -> dict:
+# %% ../nbs/03_records.ipynb #235b4b6c
+def read_json(path:str|Path # the file
+             ) -> dict: # what it holds
     "A JSON object. Raises ValueError, which names the file, for anything else"
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError): found = None
     if isinstance(found, dict): return found
     raise ValueError(f"{path} is damaged, it holds no JSON object: put it right, or name another one")
 
+# %% ../nbs/03_records.ipynb #de9fd2a3
 def sealed(what:dict, # as JSON can hold it
            salt:int=0 # what else the checksum depends on
           ) -> dict: # with "check"
     "A dict with a checksum of itself"
     return what | dict(check=zlib.crc32(json.dumps(what).encode(), salt))
 
+# %% ../nbs/03_records.ipynb #03705a56
 def unsealed(found, # what was read
              salt:int=0 # of `sealed`
             ) -> dict|None: # without "check"; None where it was changed
@@ -108,24 +123,59 @@ def write_record(path:str|Path, # the JSON file
                  n:int, # how many images (or texts) the metrics average over
                  settings:dict, # what the run was asked for
                  protocol:str|None=None, # name of the evaluation protocol
-                 seed:int|None=None,
-                 seconds:float|None=None,
-                 device:str|torch.device="cpu",
+                 seed:int|None=None, # of everything random
+                 seconds:float|None=None, # how long it took
+                 device:str|torch.device="cpu", # what it ran on
                  data_hash:str|None=None, # sha256 of the data (or of their list)
                  weights_hash:str|None=None, # sha256 of the weights file
                  force:bool=False # replace an older record
                 ) -> dict: # the record as written
     "Writes the JSON record of a run. Raises FileExistsError where there is one already"
-    path = Path(path)
-    if path.exists() and not force: raise FileExistsError(f"{path} exists already; name another file or pass --force")
-    record = dict(metrics=metrics, n=n, protocol=protocol, seed=seed, settings=settings, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
-                  versions={"python": platform.python_version()} | {p: package_version(p) for p in PACKAGES}, device=device_name(device), seconds=seconds, data_hash=data_hash, weights_hash=weights_hash)
-    write_json(path, record := sealed(record))
+    if Path(path).exists() and not force:
+        raise FileExistsError(f"{path} exists already; name another file or pass --force")
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    versions = {"python": platform.python_version()} | {p: package_version(p) for p in PACKAGES}
+    record = sealed(dict(metrics=metrics, n=n, protocol=protocol, seed=seed, settings=settings, command=command,
+                         commit=commit(), versions=versions, device=device_name(device), seconds=seconds,
+                         data_hash=data_hash, weights_hash=weights_hash))
+    write_json(path, record)
     return record
 
 # %% ../nbs/03_records.ipynb #76356a70
+def _drop_half_line(path):
+    "Cuts a file after its last line break"
+    if not path.exists(): return
+    whole = path.read_bytes().rpartition(b"\n")
+    os.truncate(path, len(whole[0] + whole[1]))
+
+# %% ../nbs/03_records.ipynb #60af6037
+def _rows_of(path, salt):
+    "Rows of a file of sealed lines, in its order. Raises ValueError for a line that was changed"
+    for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try: row = unsealed(json.loads(line), salt)
+        except (ValueError, RecursionError): row = None
+        if row is None: raise ValueError(f"{path} is damaged in line {n}: without it its image is measured again")
+        yield row
+
+# %% ../nbs/03_records.ipynb #ccc23b19
+def _claim_folder(folder, settings):
+    "Makes a folder that of a run with these settings. Raises ValueError where it has other settings or other files"
+    path = folder / "settings.json"
+    if not path.exists():
+        if strange := ", ".join(foreign(folder)[:3]):
+            raise ValueError(f"{folder} holds other files ({strange}); name a new folder")
+        write_json(path, settings)
+    found = read_json(path)
+    if found == settings: return
+    key = next(k for k in [*settings, *found] if found.get(k) != settings.get(k))
+    raise ValueError(f"{path} is of a run with {key} = {found.get(key)!r}, not {settings.get(key)!r}; "
+                     "name another folder")
+
+# %% ../nbs/03_records.ipynb #def1b95b
 class Run:
-    "A folder of rows that grows with the work, as a context: opened by one process (rank) or several, it finds again what an earlier start left there"
+    """A folder of rows that grows with the work, as a context: opened by one process (rank) or several, it finds again
+    what an earlier start left there. Raises ValueError where the folder is none of this run, or another run is at
+    work"""
     def __init__(self, folder:str|Path, # made where it is missing
                  settings:dict, # all that the rows depend on, as JSON can hold it
                  rank:int=0 # which of the processes that share the work this is
@@ -137,52 +187,35 @@ class Run:
         self.lock = FileLock(self.folder / f".part-{rank}.lock", timeout=0)
 
     def __enter__(self):
-        "Raises ValueError where the folder has other settings, other files, or another run at work"
         if self.folder.is_file(): raise ValueError(f"{self.folder} is not a folder of a run; name a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         try: self.lock.acquire()
-        except Timeout: raise ValueError(f"another run is writing to {self.folder}; wait for it, or name another folder") from None
+        except Timeout:
+            raise ValueError(f"another run is writing to {self.folder}; wait for it, or name another folder") from None
         try:
-            if self.rank == 0: self._claim()
+            if self.rank == 0: _claim_folder(self.folder, self.settings)
             _drop_half_line(self.part)
-        except BaseException: self.lock.release(); raise
+        except BaseException:
+            self.lock.release()
+            raise
         return self
 
     def __exit__(self, *_): self.lock.release()
 
-    def _claim(self):
-        path = self.folder / "settings.json"
-        if not path.exists():
-            if strange := ", ".join(foreign(self.folder)[:3]):
-                raise ValueError(f"{self.folder} holds other files ({strange}); name a new folder")
-            write_json(path, self.settings)
-        found = read_json(path)
-        if found == self.settings: return
-        key = next(k for k in [*self.settings, *found] if found.get(k) != self.settings.get(k))
-        other, own = found.get(key), self.settings.get(key)
-        raise ValueError(f"{path} is of a run with {key} = {other!r}, not {own!r}; name another folder")
+    def _line(self, row): return json.dumps(sealed(row, self.salt)) + "\n"
 
-    def add(self, row:dict): # a JSON object with its place "i"
+    def add(self, row:dict # a JSON object with its place "i"
+           ):
         "Appends a row; it is on its way to the disk when this returns"
         try:
             with open(self.part, "a", encoding="utf-8") as f: f.write(self._line(row))
         except OSError as e: raise OSError(e.errno, e.strerror, str(self.part)) from None
 
-    def _line(self, row): return json.dumps(sealed(row, self.salt)) + "\n"
-
     def rows(self) -> dict: # place i -> row
         "Every whole row of every process so far; where one was done again, the last"
         files = [self.folder / "rows.jsonl", *sorted(self.folder.glob("part-*.jsonl"))]
-        rows = {row["i"]: row for f in files if f.exists() for row in self._rows_of(f)}
+        rows = {row["i"]: row for f in files if f.exists() for row in _rows_of(f, self.salt)}
         return dict(sorted(rows.items()))
-
-    def _rows_of(self, path):
-        "Rows of one file, in its order. Raises ValueError for a line that was changed"
-        for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try: row = unsealed(json.loads(line), self.salt)
-            except (ValueError, RecursionError): row = None
-            if row is None: raise ValueError(f"{path} is damaged in line {n}: without it its image is measured again")
-            yield row
 
     def finish(self) -> dict: # place i -> row
         "Puts all rows into `rows.jsonl`, in order, and takes the processes' own files away"
@@ -191,20 +224,19 @@ class Run:
         for part in self.folder.glob("part-*.jsonl"): part.unlink()
         return rows
 
-def _drop_half_line(path):
-    "Cuts a file after its last line break"
-    if not path.exists(): return
-    whole = path.read_bytes().rpartition(b"\n")
-    os.truncate(path, len(whole[0] + whole[1]))
-
 # %% ../nbs/03_records.ipynb #77d52b70
 @contextmanager
-def one_thread_each(device:str|torch.device="cpu"):
-    "A pool for independent pieces of work: as many at a time as PyTorch has threads, each computed with one, as is what runs beside it; one at a time on a GPU"
+def one_thread_each(device:str|torch.device="cpu" # where the work is done
+                   ):
+    """A pool for independent pieces of work: as many at a time as PyTorch has threads, each computed with one, as is
+    what runs beside it; one at a time on a GPU"""
     from threadpoolctl import threadpool_limits
     cores = torch.get_num_threads()
-    alone = lambda: (torch.set_num_threads(1), threadpool_limits(1))
-    with threadpool_limits(1), ThreadPoolExecutor(cores if torch.device(device).type == "cpu" else 1, initializer=alone) as pool:
+    def alone():
+        torch.set_num_threads(1)
+        threadpool_limits(1)
+    workers = cores if torch.device(device).type == "cpu" else 1
+    with threadpool_limits(1), ThreadPoolExecutor(workers, initializer=alone) as pool:
         torch.set_num_threads(1)
         try: yield pool
         finally:
@@ -214,7 +246,8 @@ def one_thread_each(device:str|torch.device="cpu"):
 # %% ../nbs/03_records.ipynb #74383f70
 def interval(values:np.ndarray, # one per image [n]; NaN = none
              draws:int=1000, # bootstrap samples
-             seed:int=0) -> tuple: # mean, and the ends of its 95 % interval; NaN without a value
+             seed:int=0 # of the draws
+            ) -> tuple: # mean, and the ends of its 95 % interval; NaN without a value
     "A mean over images, and how far another set of images might have put it"
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
@@ -222,20 +255,27 @@ def interval(values:np.ndarray, # one per image [n]; NaN = none
     means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
     return (float(values.mean()), *(float(q) for q in np.quantile(means, (.025, .975))))
 
+# %% ../nbs/03_records.ipynb #7d88277c
 def with_intervals(values:dict, # metric to its values, one per image [n]
-                   seed:int=0) -> dict: # each metric, "metric low", "metric high"
+                   seed:int=0 # of `interval`
+                  ) -> dict: # each metric, "metric low", "metric high"
     "`interval` of every metric, under its name"
-    return {key: v for name, column in values.items() for key, v in zip((name, f"{name} low", f"{name} high"), interval(column, seed=seed))}
+    return {name + end: v for name, column in values.items()
+            for end, v in zip(("", " low", " high"), interval(column, seed=seed), strict=True)}
 
+# %% ../nbs/03_records.ipynb #153a7dee
 def sides(differences:dict, # name to metrics with their intervals
-          metric:str) -> tuple: # names above 0, below 0, neither
+          metric:str # one of the metrics
+         ) -> tuple: # names above 0, below 0, neither
     "Which differences are above 0 and which below by their 95 % intervals"
     above = [name for name, d in differences.items() if d[f"{metric} low"] > 0]
     below = [name for name, d in differences.items() if d[f"{metric} high"] < 0]
     return above, below, [name for name in differences if name not in above + below]
 
+# %% ../nbs/03_records.ipynb #dde985fc
 def told(found:dict, # of `with_intervals`
-         name:str) -> str:
+         name:str # one of its metrics
+        ) -> str: # mean (low to high)
     "A metric as text, its interval in brackets"
     return f"{found[name]:.1f} ({found[f'{name} low']:.1f} to {found[f'{name} high']:.1f})"
 
@@ -250,21 +290,26 @@ class Result:
     settings: dict # everything the result depends on
 
     @property
-    def n(self) -> int: return len(self.rows)
+    def n(self) -> int: # images that count
+        return len(self.rows)
 
     def __str__(self):
         names = [k for k in next(iter(self.metrics.values())) if not k.endswith((" low", " high"))]
-        said = {method: [told(m, k) for k in names] for method, m in self.metrics.items()}
-        width, *widths = (max(map(len, column)) for column in zip(["", *names], *([method, *values] for method, values in said.items())))
-        lines = ["  ".join([f"{method:{width}}", *(f"{v:>{w}}" for v, w in zip(values, widths))]) for method, values in {"": names, **said}.items()]
+        table = [["", *names], *([method, *(told(m, k) for k in names)] for method, m in self.metrics.items())]
+        width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+        lines = ["  ".join([method.ljust(width), *map(str.rjust, told_of, widths)]) for method, *told_of in table]
         protocol = f", protocol {p}" if (p := self.settings.get("protocol")) else ""
-        return "\n".join([*lines, f"{self.n} images of {self.settings['dataset']}{protocol}; in brackets 95 % intervals"])
+        of_what = f"{self.n} images of {self.settings['dataset']}{protocol}; in brackets 95 % intervals"
+        return "\n".join([*lines, of_what])
 
+# %% ../nbs/03_records.ipynb #6fee19c4
 def process_rank() -> int: # 0, 1, ..
     "Which of the processes this is that `accelerate launch` started; 0 for one alone"
     try: return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-    except ValueError: raise ValueError("RANK and WORLD_SIZE must be numbers: use accelerate launch, or unset both") from None
+    except ValueError:
+        raise ValueError("RANK and WORLD_SIZE must be numbers: use accelerate launch, or unset both") from None
 
+# %% ../nbs/03_records.ipynb #31d63a06
 @contextmanager
 def _processes(device):
     "(rank, number of processes, a function that waits for all): one process unless `accelerate launch` started several"
@@ -275,6 +320,7 @@ def _processes(device):
         state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
         yield state.process_index, state.num_processes, state.wait_for_everyone
 
+# %% ../nbs/03_records.ipynb #1428493f
 def _row(i, dataset, work, known):
     "The row of image i, the known one where the image is still the same; what cannot be read is a row too"
     try: sample = dataset[i]
@@ -284,11 +330,13 @@ def _row(i, dataset, work, known):
     if known[i]["sha256"] == content: return known[i]
     raise ValueError(f"{sample.name} is not the picture and mask that were measured under this name; name a new folder")
 
+# %% ../nbs/03_records.ipynb #dc8b2574
 def _each(row, indices, pool, **options):
     "Rows in order, with progress; no more than some at a time, however long the list"
     rows = (r for start in range(0, len(indices), 1024) for r in pool.map(row, indices[start:start + 1024]))
     return tqdm(rows, desc="images", total=len(indices), delay=2, unit="image", **options)
 
+# %% ../nbs/03_records.ipynb #2dddcb1f
 def _list_hash(dataset, n):
     "sha256 of the names of the first n samples, one a line"
     digest = hashlib.sha256()
@@ -296,10 +344,56 @@ def _list_hash(dataset, n):
         digest.update(("\n" * bool(i) + name).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
+# %% ../nbs/03_records.ipynb #498752ba
 def _try(row, n, out):
-    "Measures the first image that can be read, before a new folder is claimed: settings that cannot work end here"
+    "Measures the first image that can be read, where the folder is new"
     if not (Path(out) / "settings.json").exists(): next((r for r in map(row, range(n)) if "error" not in r), None)
 
+# %% ../nbs/03_records.ipynb #0f31a591
+def _result(rows, metrics, settings):
+    "Rows to a Result"
+    good = [r for r in rows if "error" not in r]
+    bad = {r["name"]: r["error"] for r in rows if "error" in r}
+    if good: return Result(*metrics(good), good, bad, settings)
+    reason = next(iter(bad.values()), "the data set is empty")
+    raise ValueError(f"none of the {len(rows)} images could be measured: {reason}")
+
+# %% ../nbs/03_records.ipynb #69bcc259
+def _report(run, metrics, device, seconds, fresh):
+    "Writes rows.jsonl, result.json and record.json"
+    found = _result(list(run.finish().values()), metrics, run.settings)
+    content = dict(metrics=found.metrics, **found.details, n=found.n, bad=found.bad, settings=run.settings)
+    write_json(run.folder / "result.json", content)
+    if not fresh and (run.folder / "record.json").exists(): return found
+    by_method = {f"{m} {k}": v for m, values in found.metrics.items() for k, v in values.items()}
+    first = next(iter(found.metrics.values()))
+    data_hash = hashlib.sha256("".join(r["sha256"] for r in found.rows).encode()).hexdigest()
+    asked = {key: run.settings.get(key) for key in ("protocol", "seed", "weights_hash")}
+    write_record(run.folder / "record.json", first | by_method, n=found.n, settings=run.settings, seconds=seconds,
+                 device=device, data_hash=data_hash, force=True, **asked)
+    return found
+
+# %% ../nbs/03_records.ipynb #24250aad
+def _measure_in(out, settings, row, n, metrics, device):
+    "Measures what a folder lacks of n images, and writes the result there"
+    start, fresh = time.monotonic(), False
+    with _processes(device) as (rank, world, wait):
+        if rank == 0: _try(partial(row, known={}), n, out)
+        with Run(out, settings, rank) as run:
+            wait()
+            known = {i: r for i, r in run.rows().items() if "error" not in r}
+            wait()
+            with one_thread_each(device) as pool:
+                for r in _each(partial(row, known=known), range(rank, n, world), pool, disable=rank > 0):
+                    if r is known.get(r["i"]): continue
+                    run.add(r)
+                    fresh = True
+            wait()
+            found = _report(run, metrics, device, time.monotonic() - start, fresh) if rank == 0 else None
+            wait()
+            return found or _result(list(run.rows().values()), metrics, run.settings)
+
+# %% ../nbs/03_records.ipynb #dbd677cb
 def measure(backbone, # the vision `Backbone` that is measured
             dataset, # from `open_data`
             work:Callable, # sample to a row, as JSON can hold it
@@ -308,43 +402,16 @@ def measure(backbone, # the vision `Backbone` that is measured
             out:str|Path|None=None, # folder of the run; None = nothing is written
             resume:bool=True, # go on with what is in `out`
             limit:int|None=None # the first so many images; None = all
-           ) -> Result:
+           ) -> Result: # over the images that could be read
     "Measures every image of a data set. Raises ValueError where `out` holds another run, or no image can be read"
     n, device = min(len(dataset), limit or len(dataset)), next(backbone.model.parameters()).device
-    settings = dict(dataset=f"{dataset.name} {dataset.split}", images=n, list_hash=_list_hash(dataset, n), classes=len(dataset.classes), crop=dataset.crop,
-                    model=backbone.name, weights_hash=backbone.weights_hash, size=list(backbone.size)) | settings
-    row = partial(_row, dataset=dataset, work=work, known={})
+    data = dict(dataset=f"{dataset.name} {dataset.split}", images=n, list_hash=_list_hash(dataset, n),
+                classes=len(dataset.classes), crop=dataset.crop)
+    model = dict(model=backbone.name, weights_hash=backbone.weights_hash, size=list(backbone.size))
+    settings, row = data | model | settings, partial(_row, dataset=dataset, work=work)
     if out is None:
-        with one_thread_each(device) as pool: return _result(list(_each(row, range(n), pool)), metrics, settings)
-    if not resume and Path(out).exists() and any(Path(out).iterdir()): raise ValueError(f"{out} is not empty; name a new folder")
-    start = time.monotonic()
-    with _processes(device) as (rank, world, wait):
-        if rank == 0: _try(row, n, out)
-        with Run(out, settings, rank) as run:
-            wait()
-            known = {i: r for i, r in run.rows().items() if "error" not in r}
-            wait()
-            fresh = False
-            with one_thread_each(device) as pool:
-                for r in _each(partial(row, known=known), range(rank, n, world), pool, disable=rank > 0):
-                    if r is not known.get(r["i"]): run.add(r); fresh = True
-            wait()
-            found = _report(run, metrics, device, time.monotonic() - start, fresh) if rank == 0 else None
-            wait()
-            return found or _result(list(run.rows().values()), metrics, run.settings)
-
-def _result(rows, metrics, settings):
-    "Rows to a Result"
-    good, bad = [r for r in rows if "error" not in r], {r["name"]: r["error"] for r in rows if "error" in r}
-    if not good: raise ValueError(f"none of the {len(rows)} images could be measured: {next(iter(bad.values()), 'the data set is empty')}")
-    return Result(*metrics(good), good, bad, settings)
-
-def _report(run, metrics, device, seconds, fresh):
-    "Writes rows.jsonl and result.json, the same bytes for the same result, and record.json, which also says when and where"
-    found = _result(list(run.finish().values()), metrics, run.settings)
-    write_json(run.folder / "result.json", dict(metrics=found.metrics, **found.details, n=found.n, bad=found.bad, settings=run.settings))
-    if not fresh and (run.folder / "record.json").exists(): return found
-    named = next(iter(found.metrics.values())) | {f"{m} {k}": v for m, values in found.metrics.items() for k, v in values.items()}
-    data_hash = hashlib.sha256("".join(r["sha256"] for r in found.rows).encode()).hexdigest()
-    write_record(run.folder / "record.json", named, n=found.n, settings=run.settings, protocol=run.settings.get("protocol"), seed=run.settings["seed"], seconds=seconds, device=device, data_hash=data_hash, weights_hash=run.settings["weights_hash"], force=True)
-    return found
+        with one_thread_each(device) as pool:
+            return _result(list(_each(partial(row, known={}), range(n), pool)), metrics, settings)
+    if not resume and Path(out).exists() and any(Path(out).iterdir()):
+        raise ValueError(f"{out} is not empty; name a new folder")
+    return _measure_in(out, settings, row, n, metrics, device)
