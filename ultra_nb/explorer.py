@@ -10,6 +10,7 @@ import html, io
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -21,23 +22,28 @@ from .figures import INK, SQUARE, blend, token_at, token_box
 from .interpretability_metrics import object_masks
 from .models import Backbone
 from .segmentation import Segmentation, segment
-from .summarization import Scores, _coloured, join, words_of
+from .summarization import Scores, coloured_words, join, window_of, words_of
 
 # %% ../nbs/11_explorer.ipynb #2b687ae3
 class Rows:
     "Rows of the relevance matrix, computed when first asked for and kept"
-    def __init__(self, backbone:Backbone, inputs:Tensor|dict # as `explain` takes them, one item
+    def __init__(self, backbone:Backbone, # the model
+                 inputs:Tensor|dict # as `explain` takes them, one item
                 ):
-        self.backbone, self.inputs, self.kept = backbone, inputs, {}
+        self.backbone, self.inputs = backbone, inputs
+        self.kept: dict[tuple, dict] = {} # layer, scalar and mode to {token: row}
 
-    def __call__(self, tokens:Sequence[int], layer:int|None=None, scalar:str="sum", mode:str="diagonal" # as in `explain`
+    def __call__(self, tokens:Sequence[int], # T targets
+                 layer:int|None=None, # as in `explain`
+                 scalar:str="sum", # as in `explain`
+                 mode:str="diagonal" # as in `explain`
                 ) -> Tensor: # [T, N], on the CPU
         kept = self.kept.setdefault((self.backbone.layer(layer), scalar, mode), {})
-        missing = [t for t in tokens if t not in kept]
-        if missing:
+        if missing := [t for t in tokens if t not in kept]:
             every = mode == "diagonal"
-            found = explain(self.backbone, self.inputs, layer=layer, tokens=None if every else missing, scalar=scalar, mode=mode)[0].cpu()
-            kept.update(enumerate(found) if every else zip(missing, found))
+            wanted = None if every else missing
+            found = explain(self.backbone, self.inputs, layer=layer, tokens=wanted, scalar=scalar, mode=mode)[0].cpu()
+            kept.update(enumerate(found) if every else zip(missing, found, strict=True))
             if every: _targets(missing, len(found))
         return torch.stack([kept[t] for t in tokens])
 
@@ -47,19 +53,36 @@ SIDE = 256 # pixels of a panel's longer side
 def _at_size(image):
     "A picture as RGB pixels of a panel [H, W, 3]"
     scale = SIDE / max(image.size)
-    return np.asarray(image.convert("RGB").resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BICUBIC))
+    size = [max(1, round(s * scale)) for s in image.size]
+    return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
 def _marked(pixels, box):
     "Pixels with the square of a token, which stands out on bright and on dark; a token before the patches has none"
     image = Image.fromarray(pixels)
     if box:
         x, y, width, height = box
-        for edge, colour in (1, INK), (0, SQUARE): ImageDraw.Draw(image).rectangle([x - edge, y - edge, x + max(0, width - 1) + edge, y + max(0, height - 1) + edge], outline=colour, width=2)
+        right, bottom = x + max(0, width - 1), y + max(0, height - 1)
+        for edge, colour in (1, INK), (0, SQUARE):
+            corners = [x - edge, y - edge, right + edge, bottom + edge]
+            ImageDraw.Draw(image).rectangle(corners, outline=colour, width=2)
     return np.asarray(image)
 
 def _warm(pixels, heat):
     "Pixels under a map in 0..1 [H, W], in the colours of `figures.show`"
     return (.3 * pixels + .7 * 255 * colormaps["inferno"](heat)[..., :3]).round().astype(np.uint8)
+
+# %% ../nbs/11_explorer.ipynb #14ed76c7
+def _check_picture(backbone, image):
+    "ValueError for anything but a vision model and a PIL image"
+    if not isinstance(backbone, Backbone):
+        raise ValueError(f"explore needs a Backbone, not {type(backbone).__name__}: "
+                         "make one with load(name) or wrap(model, size)")
+    if backbone.grid is None:
+        name = backbone.name or "this model"
+        raise ValueError(f"{name} is a language model: use explore_text(backbone, context, summary)")
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"explore needs a PIL image, not {type(image).__name__}: "
+                         "read_image(path) opens a file, Image.fromarray takes an array")
 
 # %% ../nbs/11_explorer.ipynb #b852e8ea
 class PictureExplorer:
@@ -67,49 +90,70 @@ class PictureExplorer:
     def __init__(self, backbone:Backbone, # of a vision transformer
                  image:Image.Image # any size
                 ):
-        if not isinstance(backbone, Backbone): raise ValueError(f"explore needs a Backbone, not {type(backbone).__name__}: make one with load(name) or wrap(model, size)")
-        if backbone.grid is None: raise ValueError(f"{backbone.name or 'this model'} is a language model: use explore_text(backbone, context, summary)")
-        if not isinstance(image, Image.Image): raise ValueError(f"explore needs a PIL image, not {type(image).__name__}: read_image(path) opens a file, Image.fromarray takes an array")
-        self.backbone, self.pixels, self.rows, self.found = backbone, _at_size(image), Rows(backbone, backbone.inputs(image)), {}
+        _check_picture(backbone, image)
+        self.backbone, self.grid, self.prefix = backbone, backbone.grid, backbone.prefix
+        self.pixels, self.rows = _at_size(image), Rows(backbone, backbone.inputs(image))
         self.size = self.pixels.shape[:2]
+        self.found: dict[tuple, Segmentation] = {} # clusters, layer and scalar to segments
 
-    def token_at(self, x:float, y:float) -> int: # token index
-        "The patch token under a point, in 0..1 from the left and the top. Raises ValueError outside the picture"
-        if not (0 <= x < 1 and 0 <= y < 1): raise ValueError(f"point {x:g},{y:g} is outside the picture: both numbers go from 0 to 1")
-        return token_at(x, y, self.backbone.grid, (1, 1), self.backbone.prefix)
+    def token_at(self, x:float, # in 0..1 from the left
+                 y:float # in 0..1 from the top
+                ) -> int: # token index
+        "The patch token under a point. Raises ValueError outside the picture"
+        if not (0 <= x < 1 and 0 <= y < 1):
+            raise ValueError(f"point {x:g},{y:g} is outside the picture: both numbers go from 0 to 1")
+        return token_at(x, y, self.grid, (1, 1), self.prefix)
 
-    def neighbour(self, token:int, right:int, down:int) -> int: # token index
+    def neighbour(self, token:int, # token index
+                  right:int, # patches to the right
+                  down:int # patches down
+                 ) -> int: # token index
         "The patch token so many patches away, or at the border"
-        (h, w), first = self.backbone.grid, self.backbone.prefix
-        row, col = divmod(max(token - first, 0), w)
-        return first + min(max(row + down, 0), h - 1) * w + min(max(col + right, 0), w - 1)
+        h, w = self.grid
+        row, col = divmod(max(token - self.prefix, 0), w)
+        return self.prefix + min(max(row + down, 0), h - 1) * w + min(max(col + right, 0), w - 1)
 
-    def heat(self, token:int, layer:int|None=None, scalar:str="sum", mode:str="diagonal") -> Tensor: # in 0..1 [H, W]
+    def heat(self, token:int, # the target
+             layer:int|None=None, # as in `explain`
+             scalar:str="sum", # as in `explain`
+             mode:str="diagonal" # as in `explain`
+            ) -> Tensor: # in 0..1 [H, W]
         r"$\tilde S_i$ over the panel's pixels"
-        map_ = minmax(suppress_self(self.rows([token], layer, scalar, mode), [token], self.backbone.prefix))
-        return upsample(map_, self.backbone.grid, self.size)[0].clamp(0, 1)
+        map_ = minmax(suppress_self(self.rows([token], layer, scalar, mode), [token], self.prefix))
+        return upsample(map_, self.grid, self.size)[0].clamp(0, 1)
 
-    def segments(self, clusters:int, layer:int|None=None, scalar:str="sum") -> Segmentation:
+    def segments(self, clusters:int, # of tokens
+                 layer:int|None=None, # as in `explain`
+                 scalar:str="sum" # as in `explain`
+                ) -> Segmentation:
         "Segments of the diagonal maps, kept"
         key = clusters, self.backbone.layer(layer), scalar
         if key not in self.found:
-            maps = suppress_self(self.rows(self.backbone.patches, layer, scalar), self.backbone.patches, self.backbone.prefix)
-            self.found[key] = segment(maps, self.backbone.grid, self.size, k=clusters)
+            patches = self.backbone.patches
+            maps = suppress_self(self.rows(patches, layer, scalar), patches, self.prefix)
+            self.found[key] = segment(maps, self.grid, self.size, k=clusters)
         return self.found[key]
 
-    def panels(self, token:int, layer:int|None=None, scalar:str="sum", mode:str="diagonal", # as in `explain`
+    def panels(self, token:int, # the target
+               layer:int|None=None, # as in `explain`
+               scalar:str="sum", # as in `explain`
+               mode:str="diagonal", # as in `explain`
                threshold:float=.2, # of the mask
                clusters:int=5 # of tokens
               ) -> dict: # caption to pixels [H, W, 3] uint8
         "The four pictures of a choice"
         heat, found = self.heat(token, layer, scalar, mode), self.segments(clusters, layer, scalar)
         mask = object_masks(heat, threshold)
-        box = token_box(token, self.backbone.grid, self.size, self.backbone.prefix)
+        box = token_box(token, self.grid, self.size, self.prefix)
         seen = len(np.unique(found.labels))
-        return {"CLS" if token == 0 and self.backbone.prefix else f"token {token}": _marked(self.pixels, box),
-                f"{mode} map, {scalar}, layer {self.backbone.layer(layer)}": _marked(_warm(self.pixels, heat.numpy()), box),
-                f"map ≥ {threshold:.2f}: {mask.float().mean():.0%} of pixels": np.where(mask[..., None], self.pixels, self.pixels // 5),
-                f"{clusters} clusters" + (f", {seen} with pixels" if seen < clusters else ""): blend(self.pixels, found.labels)}
+        name = "CLS" if token == 0 and self.prefix else f"token {token}"
+        count = f"{clusters} clusters" + (f", {seen} with pixels" if seen < clusters else "")
+        warm = _marked(_warm(self.pixels, heat.numpy()), box)
+        return {name: _marked(self.pixels, box),
+                f"{mode} map, {scalar}, layer {self.backbone.layer(layer)}": warm,
+                f"map ≥ {threshold:.2f}: {mask.float().mean():.0%} of pixels":
+                    np.where(mask[..., None], self.pixels, self.pixels // 5),
+                count: blend(self.pixels, found.labels)}
 
 # %% ../nbs/11_explorer.ipynb #70752e70
 _SCRIPT = """
@@ -122,7 +166,8 @@ export default { render({ model, el }) {
   el.setAttribute("aria-label", "Four pictures: click a patch, or go to the next one with the arrow keys");
   const shown = model.get("panels").map((_, i) => {
     const figure = el.appendChild(document.createElement("figure"));
-    const image = figure.appendChild(document.createElement("img")), caption = figure.appendChild(document.createElement("figcaption"));
+    const image = figure.appendChild(document.createElement("img"));
+    const caption = figure.appendChild(document.createElement("figcaption"));
     if (i === 0) caption.setAttribute("aria-live", "polite");
     image.draggable = false;
     image.onclick = (event) => {
@@ -148,7 +193,8 @@ export default { render({ model, el }) {
 """
 
 _PICTURES_CSS = """
-.ultra-pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; max-width: 1060px; padding: .25rem; }
+.ultra-pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
+.ultra-pictures { max-width: 1060px; padding: .25rem; }
 .ultra-pictures figure { margin: 0; }
 .ultra-pictures img { display: block; width: 100%; cursor: crosshair; }
 .ultra-pictures figcaption { margin-top: .25rem; font-size: .85em; font-variant-numeric: tabular-nums; }
@@ -157,9 +203,11 @@ _PICTURES_CSS = """
 # %% ../nbs/11_explorer.ipynb #b4172b67
 def _widgets():
     "The package ipywidgets. Raises ImportError, one line, where what the widgets need is missing"
-    try: import anywidget, ipywidgets
-    except ImportError as e: raise ImportError(f"the explorer needs the package {e.name}: pip install 'ultra_nb[notebook]'") from None
-    return ipywidgets
+    try:
+        import_module("anywidget")
+        return import_module("ipywidgets")
+    except ImportError as e:
+        raise ImportError(f"the explorer needs the package {e.name}: pip install 'ultra_nb[notebook]'") from None
 
 @cache
 def _pictures_class():
@@ -186,62 +234,90 @@ def _controls(backbone):
                 mode=w.Dropdown(options=["diagonal", "exact"], description="mode"))
 
 @contextmanager
-def _said(status):
-    "What goes wrong inside is said in a widget, on one line"
+def _errors_in(status):
+    "What goes wrong inside is told in a widget, on one line"
     try:
         yield
         status.value = ""
-    except (ValueError, RuntimeError) as e: status.value = f'<span role="alert" style="color: var(--jp-error-color1)">{html.escape(" ".join(str(e).split()))}</span>'
+    except (ValueError, RuntimeError) as e:
+        line = html.escape(" ".join(str(e).split()))
+        status.value = f'<span role="alert" style="color: var(--jp-error-color1)">{line}</span>'
 
 def _follow(controls, draw, status):
     "Calls draw with the controls' values, now and whenever one of them changes"
     def changed(_=None):
-        with _said(status): draw(**{name: control.value for name, control in controls.items()})
+        with _errors_in(status): draw(**{name: control.value for name, control in controls.items()})
     for control in controls.values(): control.observe(changed, "value")
     changed()
+
+def _boxed(top, controls, status):
+    "A widget: what is looked at, the controls in rows, the line for errors"
+    w = _widgets()
+    return w.VBox([*top, w.HBox([*controls.values()], layout=dict(flex_flow="row wrap")), status])
 
 # %% ../nbs/11_explorer.ipynb #02b41430
 def explore(backbone:Backbone, # of a vision transformer
             image:Image.Image # any size
            ): # a widget
-    "Click a patch and see what its latent token was made of, as a map, a mask and segments. Raises ValueError as `PictureExplorer` does"
+    """Click a patch and see what its latent token was made of, as a map, a mask and segments. Raises ValueError as
+    `PictureExplorer` does"""
     w, shown = _widgets(), PictureExplorer(backbone, image)
-    last = backbone.tokens - 1
+    last = backbone.patches[-1]
     token = w.IntSlider(shown.token_at(.5, .5), 0, last, description="token")
-    controls = dict(token=token, **_controls(backbone), threshold=w.FloatSlider(.2, min=0, max=1, step=.05, description="threshold"),
-                    clusters=w.IntSlider(min(5, last), 1, min(12, len(backbone.patches)), description="clusters"))
+    threshold = w.FloatSlider(.2, min=0, max=1, step=.05, description="threshold")
+    clusters = w.IntSlider(min(5, last), 1, min(12, len(backbone.patches)), description="clusters")
+    controls = dict(token=token, **_controls(backbone), threshold=threshold, clusters=clusters)
     pictures, status = _pictures_class()(), w.HTML()
-    def draw(**choice): pictures.panels = [(caption, _png(pixels)) for caption, pixels in shown.panels(**choice).items()]
+    def draw(**choice):
+        pictures.panels = [(caption, _png(pixels)) for caption, pixels in shown.panels(**choice).items()]
     def chosen(_, message, buffers):
-        with _said(status): token.value = shown.token_at(*message["at"]) if "at" in message else shown.neighbour(token.value, *message["step"])
+        "A click or an arrow key"
+        with _errors_in(status):
+            if "at" in message: token.value = shown.token_at(*message["at"])
+            else: token.value = shown.neighbour(token.value, *message["step"])
     _follow(controls, draw, status)
     pictures.on_msg(chosen)
-    return w.VBox([pictures, w.HBox([*controls.values()], layout=dict(flex_flow="row wrap")), status])
+    return _boxed([pictures], controls, status)
 
 # %% ../nbs/11_explorer.ipynb #dbf74ed3
+def _check_summary(backbone, context, summary):
+    "ValueError for anything but a language model with a tokenizer and two texts"
+    if not isinstance(backbone, Backbone):
+        raise ValueError(f"explore_text needs a Backbone, not {type(backbone).__name__}: make one with load(name)")
+    name = backbone.name or "this model"
+    if backbone.grid is not None: raise ValueError(f"{name} looks at pictures: use explore(backbone, image)")
+    if backbone.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer: load it from a folder that holds one, or set backbone.tokenizer")
+    if not isinstance(context, str) or not isinstance(summary, str):
+        raise ValueError("context and summary must be texts")
+
+def _words_with_tokens(tokenizer, joined):
+    "Each word of a summary with the tokens that lie in it"
+    before, summary = f"{joined.context}{SEPARATOR} ", joined.summary.strip()
+    places = tokenizer(before + summary, return_offsets_mapping=True)["offset_mapping"]
+    def inside(word):
+        start, end = len(before) + word.start, len(before) + word.end
+        return [t for t in range(*joined.summary_span) if places[t][0] < end and places[t][1] > start]
+    return [(word.text, inside(word)) for word in words_of(summary)]
+
+# %% ../nbs/11_explorer.ipynb #b7857a58
 class SummaryExplorer:
     "A context and its summary under one causal language model. Raises ValueError for anything else, and as `join` does"
     def __init__(self, backbone:Backbone, # of a causal language model, with its tokenizer
-                 context:str, summary:str):
-        if not isinstance(backbone, Backbone): raise ValueError(f"explore_text needs a Backbone, not {type(backbone).__name__}: make one with load(name)")
-        name = backbone.name or "this model"
-        if backbone.grid is not None: raise ValueError(f"{name} looks at pictures: use explore(backbone, image)")
-        if backbone.tokenizer is None: raise ValueError(f"{name} has no tokenizer: load it from a folder that holds one, or set backbone.tokenizer")
-        if not isinstance(context, str) or not isinstance(summary, str): raise ValueError("context and summary must be texts")
-        self.joined = join(backbone.tokenizer, context, summary, window=getattr(backbone.model.config, "max_position_embeddings", None))
-        self.rows = Rows(backbone, dict(input_ids=torch.tensor([self.joined.input_ids], device=backbone.model.device)))
-        self.names = backbone.tokenizer.convert_ids_to_tokens(self.joined.input_ids[slice(*self.joined.context_span)])
-        self.words = self._summary_words(backbone.tokenizer)
-
-    def _summary_words(self, tokenizer):
-        "Each word of the summary with the tokens that lie in it"
-        before, said = f"{self.joined.context}{SEPARATOR} ", self.joined.summary.strip()
-        places = tokenizer(before + said, return_offsets_mapping=True)["offset_mapping"]
-        inside = lambda w: [t for t in range(*self.joined.summary_span) if places[t][0] < len(before) + w.end and places[t][1] > len(before) + w.start]
-        return [(w.text, inside(w)) for w in words_of(said)]
+                 context:str, # what was summarised
+                 summary:str # what was made of it
+                ):
+        _check_summary(backbone, context, summary)
+        tokenizer, device = backbone.tokenizer, next(backbone.model.parameters()).device
+        self.joined = join(tokenizer, context, summary, window=window_of(backbone.model))
+        self.rows = Rows(backbone, dict(input_ids=torch.tensor([self.joined.input_ids], device=device)))
+        self.names = tokenizer.convert_ids_to_tokens(self.joined.input_ids[slice(*self.joined.context_span)])
+        self.words = _words_with_tokens(tokenizer, self.joined)
 
     def scores(self, word:int|None=None, # which of `words`; None = the whole summary, eq. 15
-               layer:int|None=None, scalar:str="sum", mode:str="diagonal" # as in `explain`
+               layer:int|None=None, # as in `explain`
+               scalar:str="sum", # as in `explain`
+               mode:str="diagonal" # as in `explain`
               ) -> Scores:
         "What each token of the context gave to a word of the summary"
         tokens = range(*self.joined.summary_span) if word is None else self.words[word][1]
@@ -256,13 +332,17 @@ _TEXT_CSS = """
 """
 
 def explore_text(backbone:Backbone, # of a causal language model, with its tokenizer
-                 context:str, summary:str
+                 context:str, # what was summarised
+                 summary:str # what was made of it
                 ): # a widget
-    "Click a word of the summary and see what it was made from in the context; all words together are eq. 15. Raises ValueError as `SummaryExplorer` does"
+    """Click a word of the summary and see what it was made from in the context; all words together are eq. 15. Raises
+    ValueError as `SummaryExplorer` does"""
     w, shown = _widgets(), SummaryExplorer(backbone, context, summary)
     choices = [("all words", None), *((text, i) for i, (text, _) in enumerate(shown.words))]
     word = w.ToggleButtons(options=choices, style=dict(button_width="auto"))
-    controls, coloured, status = dict(word=word, **_controls(backbone)), w.HTML(), w.HTML()
-    def draw(**choice): coloured.value = f'<style>{_TEXT_CSS}</style><div class="ultra-text">{_coloured(shown.scores(**choice))}</div>'
-    _follow(controls, draw, status)
-    return w.VBox([word, coloured, w.HBox([*controls.values()][1:], layout=dict(flex_flow="row wrap")), status])
+    controls, coloured, status = _controls(backbone), w.HTML(), w.HTML()
+    def draw(**choice):
+        text = coloured_words(shown.scores(**choice))
+        coloured.value = f'<style>{_TEXT_CSS}</style><div class="ultra-text">{text}</div>'
+    _follow(dict(word=word, **controls), draw, status)
+    return _boxed([word, coloured], controls, status)

@@ -337,12 +337,15 @@ def _matrix(ax, G, x, y, side):
 BLOCKS_AT = (3.4, 7.4, 11.4) # x of the three blocks that are drawn
 
 def _draw_picture(ax, image, heat, box):
-    "The picture on the left, with its map on the right; `box` is the token's square in a picture of side 1.9"
+    "The picture on the left, with its map on the right; `box` is the token's square in a picture of 1 x 1"
+    side = 1.9
     for x, y, laid_over in ((.1, 4.3, None), (16, 1., heat)):
-        extent = (x, x + 1.9, y, y + 1.9)
+        extent = (x, x + side, y, y + side)
         ax.imshow(np.asarray(image), extent=extent, zorder=2)
         if laid_over is not None: ax.imshow(laid_over, extent=extent, cmap="inferno", alpha=.7, zorder=3)
-        if box: _square(ax, x + box[0], y + 1.9 - box[1] - box[3], *box[2:], edge=SQUARE, linewidth=1.6, zorder=4)
+        if not box: continue
+        left, top, width, height = (side * share for share in box)
+        _square(ax, x + left, y + side - top - height, width, height, edge=SQUARE, linewidth=1.6, zorder=4)
     _write(ax, 1.05, 6.45, r"$\mathbf{x}$", 11, va="baseline")
 
 def _draw_blocks(ax, Gs):
@@ -393,7 +396,7 @@ def figure1(backbone:Backbone, # a vision backbone
     fig, ((ax,),) = panels(1, 1)
     fig.set_size_inches(9, 3.6)
     ax.set(xlim=(0, 18), ylim=(0, 7.2), aspect="equal")
-    _draw_picture(ax, image, heat, token_box(token, backbone.grid, (1.9, 1.9), backbone.prefix))
+    _draw_picture(ax, image, heat, token_box(token, backbone.grid, (1, 1), backbone.prefix))
     _draw_blocks(ax, _contributions(backbone, backbone.inputs(image), token, layer))
     _draw_tokens(ax)
     _draw_paths(ax)
@@ -729,8 +732,8 @@ def table_of(s:Sources, # what is there
              test:Callable # (sources, model, data) to Result
             ) -> Made:
     "A table of the paper from every pair of model and data set that is here. Raises Missing where there is none"
-    wanted = {"scenes", *(PAPER_DATA[row] for row in paper_table(name).dataset)}
-    wanted = [data for data in s.profile.data if data in wanted]
+    of_paper = {PAPER_DATA[row] for row in paper_table(name).dataset}
+    wanted = [data for data in s.profile.data if data == "scenes" or data in of_paper]
     models = [model for model in s.profile.models if not s.lacks_model(model)]
     data = [name for name in wanted if not s.lacks_data(name)]
     lacking = [*filter(None, map(s.lacks_model, s.profile.models)), *filter(None, map(s.lacks_data, wanted))]
@@ -904,7 +907,7 @@ def figure9(backbone:Backbone, # a vision backbone
            ): # matplotlib figure
     "Figure 9: tokens, their maps, and the picture perturbed by them"
     x, targets = backbone.inputs(image), torch.as_tensor(tokens)
-    maps = patch_maps(ultra_rows(), backbone, x, backbone.layer(layer), targets)
+    maps = patch_maps(ultra_rows(), backbone, x, backbone.layer(layer), tokens)
     heats = upsample(minmax(maps), backbone.grid, backbone.size).cpu().numpy()
     seeded = lambda: torch.Generator().manual_seed(image_seed(x))
     changed = {}
@@ -990,7 +993,7 @@ def _fig11(s):
 # %% ../nbs/12_reproduction.ipynb #faf24ac2
 def _latent_and_attention(model, blocks, inputs, layer):
     "z^(layer), the output of block layer - 1, and the A of the blocks below, in one graph"
-    kept: list[Tensor] = []
+    kept = []
     keep = lambda block, args, out: kept.append(out if isinstance(out, Tensor) else out[0])
     hook = blocks[layer - 2].register_forward_hook(keep)
     try:
@@ -1082,7 +1085,7 @@ def _peak(name, settings, x, layer, scalar, device):
 def _times(procedures, device, repeats):
     "Seconds of every turn: the slow procedures take turns, then the quick ones, after a first one that does not count"
     procedures["diagonal"](), procedures["forward"]()
-    taken: dict[str, list] = {name: [] for name in procedures}
+    taken = {name: [] for name in procedures}
     for name in tqdm(["per token", "exact"] * repeats, desc="timing", leave=False):
         taken[name].append(seconds(procedures[name], device))
     for name in ["diagonal", "forward"] * 20: taken[name].append(seconds(procedures[name], device))
@@ -1258,7 +1261,7 @@ def _attempt(s, name, why, say):
 
 def _make_all(s, chosen, say):
     "Makes the entries that are not complete: entry to what is not as it should be"
-    problems: dict[str, str] = {}
+    problems = {}
     waiting = {name: why for name in chosen if (why := _why_again(s, name))}
     if waiting and s.profile.name == "embedded" and not s.limit:
         minutes = -(-sum(ENTRIES[name].seconds for name in waiting) // 60)
@@ -1329,7 +1332,7 @@ def _question(key, found):
 
 def _ways_to_learn():
     "How W was trained, and what that gave on the training pictures that chose among them: the mean of three seeds"
-    ways: dict[str, dict] = {}
+    ways = {}
     for place, found in (study_record("self_consistency") or {}).items():
         for name, score in found["scores"].items():
             way, _, seed = name.rpartition(" ")
