@@ -252,6 +252,7 @@ class Made:
     shown: str = "" # models and data, in words
     missing: list = field(default_factory=list) # what is not in it for want of weights or data, one line each
 
+# %% ../nbs/12_reproduction.ipynb #e1ec1e4b
 @dataclass
 class Entry:
     "A table or figure of the paper"
@@ -274,6 +275,7 @@ def entry(name:str, # table1 .. table8, fig1 .. fig13
         return make
     return register
 
+# %% ../nbs/12_reproduction.ipynb #64ed31a3
 def entry_names() -> list[str]: # tables first
     "Every table and figure of the paper"
     return sorted(ENTRIES, key=lambda name: (name.startswith("fig"), int(name.strip("tablefig"))))
@@ -348,6 +350,7 @@ def _draw_picture(ax, image, heat, box):
         _square(ax, x + left, y + side - top - height, width, height, edge=SQUARE, linewidth=1.6, zorder=4)
     _write(ax, 1.05, 6.45, r"$\mathbf{x}$", 11, va="baseline")
 
+# %% ../nbs/12_reproduction.ipynb #8f0e4b8c
 def _draw_blocks(ax, Gs):
     "The first, the middle and the last block, with the gradient that goes to each and its matrix"
     shown = Gs[0], Gs[len(Gs) // 2], Gs[-1]
@@ -360,6 +363,7 @@ def _draw_blocks(ax, Gs):
         _matrix(ax, G, x, 1., 1.8)
         _write(ax, x + .9, .6, f"$C_i^{{{upper}}}$")
 
+# %% ../nbs/12_reproduction.ipynb #274d3d38
 def _draw_tokens(ax):
     "The latent tokens, one of which is explained, and its scalar"
     for j in range(7): _square(ax, 14.6, 4.35 + j * .26, .5, .22, ACCENT if j == 3 else "#cfd8dc", linewidth=.6)
@@ -377,6 +381,7 @@ def _draw_paths(ax):
     _write(ax, 6.3, 6.55, "forward path", 9, va="baseline")
     _write(ax, 10.3, 6.55, "backward path", 9, ACCENT, va="baseline")
 
+# %% ../nbs/12_reproduction.ipynb #b04299a2
 def _draw_product(ax):
     "From the matrices to the map"
     for x in (6.3, 10.3): _write(ax, x, 1.9, r"$\cdots$", 11)
@@ -403,6 +408,7 @@ def figure1(backbone:Backbone, # a vision backbone
     _draw_product(ax)
     return fig
 
+# %% ../nbs/12_reproduction.ipynb #26e6dd38
 @entry("fig1", "Architecture of the method", "a vision model, a picture", 2)
 def _fig1(s):
     token, = tokens_at(s.shown, POINTS[1:2])
@@ -492,6 +498,7 @@ def figure5(models:dict, # title to a language model with its tokenizer
     fig.set_size_inches(.09 * longest, fig.get_figheight())
     return fig
 
+# %% ../nbs/12_reproduction.ipynb #fea58ec2
 @entry("fig5", "Token contribution scores in text summarisation", "a language model", 5)
 def _fig5(s):
     models = {f"{title} ({name})": s.model(name) for title, name in s.profile.language.items()}
@@ -510,6 +517,7 @@ def _zero_shot(backbone, names):
     texts = torch.nn.functional.normalize(texts, dim=-1)
     return lambda out: torch.nn.functional.normalize(out, dim=-1) @ texts.T
 
+# %% ../nbs/12_reproduction.ipynb #af8b61a9
 def class_logit_maps(backbone:Backbone, # a classifier, or a CLIP with its text tower
                      names:Sequence[str]|None=None # classes to tell apart; None = those of the classifier's head
                     ) -> Callable: # Case to labels [H, W]
@@ -547,6 +555,7 @@ def _painted(labels, classes):
     colours[:classes], colours[classes] = palette(classes), 40
     return colours[labels]
 
+# %% ../nbs/12_reproduction.ipynb #e1002b8d
 def figure2(cases:Sequence[Case], # images, a column each
             methods:dict # name to method, a row each
            ): # matplotlib figure
@@ -609,6 +618,7 @@ def _is_of(row, run):
     if cut != threshold: return False
     return threshold is not None or settings["model"] == PAPER_MODELS[row.family, row.model]
 
+# %% ../nbs/12_reproduction.ipynb #5604c47e
 def _measured(method, metric, run, status):
     "A number of ours, with all that stands beside it"
     found, settings = run["metrics"][method], run["settings"]
@@ -617,6 +627,7 @@ def _measured(method, metric, run, status):
     ends = f"{found[f'{metric} low']:.1f} to {found[f'{metric} high']:.1f}"
     return {"ours": round(found[metric], 1), "95 %": ends, "n": run["n"], "protocol": protocol, "status": status}
 
+# %% ../nbs/12_reproduction.ipynb #5c0366ae
 def _number_of(row, run):
     "Our number for a row of the paper, or None when the run is another"
     if not _is_of(row, run): return None
@@ -628,6 +639,7 @@ def _number_of(row, run):
     status = "reproduced" if run["n"] == whole else f"in part: {run['n']} of {whole} images"
     return _measured(method, row.metric, run, status)
 
+# %% ../nbs/12_reproduction.ipynb #64f48393
 def _not_run(row, here):
     "Why a row of the paper has no number of ours"
     if row.method != "ULTra": return "the paper's comparison"
@@ -649,6 +661,7 @@ def _on_scenes(run, scalars, metrics):
                  for metric in metrics if metric in found]
     return rows
 
+# %% ../nbs/12_reproduction.ipynb #b9e18ea6
 def beside_paper(name:str, # "table1", ..
                  runs:Sequence[dict], # of `run_result`
                  here:Sequence[str]=() # models and data sets of the paper that could be had
@@ -676,6 +689,7 @@ def listed(places:Sequence[float], # layers, thresholds, ..
     if not places: return f"no {word}"
     return f"{word}s {', '.join(most)} and {last}" if most else f"{word} {last}"
 
+# %% ../nbs/12_reproduction.ipynb #a98deaec
 def where_above(results:dict, # layer or other place to Result
                 a:str, b:str, # two methods
                 metric:str, # that they are compared by
@@ -701,6 +715,7 @@ def _learned(s, model, data):
         fit_projection(backbone, images, k=s.profile.k, batch=8, passes=1, out=checkpoints).save(path, force=True)
     return load_projection(path, backbone).W
 
+# %% ../nbs/12_reproduction.ipynb #7d6b0dbe
 def segmented(s:Sources, # what is there
               model:str, # one of its models
               data:str # one of its data sets
@@ -711,6 +726,7 @@ def segmented(s:Sources, # what is there
     out, limit = s.folder("segments", model, data), s.number(s.profile.images)
     return evaluate(backbone, dataset, methods=methods, out=out, limit=limit)
 
+# %% ../nbs/12_reproduction.ipynb #3b557a70
 def segmented_at(s:Sources, # what is there
                  model:str, # one of its models
                  data:str # one of its data sets
@@ -727,6 +743,7 @@ def _unread(result):
     return (f"{len(result.bad)} of {result.n + len(result.bad)} images of {result.settings['dataset']} could not be "
             f"read, the first is {next(iter(result.bad))}")
 
+# %% ../nbs/12_reproduction.ipynb #f6ba7c6f
 def table_of(s:Sources, # what is there
              name:str, # of the table
              test:Callable # (sources, model, data) to Result
@@ -793,6 +810,7 @@ def curve(s:Sources, # what is there
     folder = lambda setting: s.folder(f"{test}-{setting:g}", model, pictures.name)
     return {setting: measure(backbone, pictures, setting, folder(setting), limit) for setting in settings}
 
+# %% ../nbs/12_reproduction.ipynb #d3e6ada6
 def charted(s:Sources, # what is there
             name:str, # of the figure
             results:dict, # of `figure_curves`
@@ -834,6 +852,7 @@ def hardest(result:Result, # of `evaluate` with an image protocol
     worst = np.argsort([Confusion(t.shape[1], t).accuracy for t in tables], kind="stable")[:n]
     return [result.rows[i]["i"] for i in worst]
 
+# %% ../nbs/12_reproduction.ipynb #51730e14
 @entry("fig8", "Hard samples", "a vision model, a data set", 4)
 def _fig8(s):
     result, = _by_layer(s, s.segmenter.name, [s.segmenter.depth + 1]).values()
@@ -857,6 +876,7 @@ def _draw_tree(ax, tree, thresholds, label):
     ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False)
 
+# %% ../nbs/12_reproduction.ipynb #fa5440e1
 def figure13(case:Case, # one image
              thresholds:Sequence[float]=(.2, .35, .5), # the paper's
              scalar="sum" # as in `explain`
@@ -899,6 +919,7 @@ def _as_pictures(backbone, x):
     mean, std = (torch.tensor(v)[:, None, None] for v in (backbone.mean, backbone.std))
     return ((x.cpu() * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
 
+# %% ../nbs/12_reproduction.ipynb #34ac1caa
 def figure9(backbone:Backbone, # a vision backbone
             image:Image.Image, # the picture
             tokens:Sequence[int], # patch tokens, a row each
@@ -973,6 +994,7 @@ def _over_thresholds(s, model, taus=TAUS):
     out, limit = s.folder("tau", model, s.pictures.name), s.number(s.profile.few)
     return itiou_test(s.model(model), s.pictures, OBJECT_EXPLAINERS, taus=taus, out=out, limit=limit)
 
+# %% ../nbs/12_reproduction.ipynb #f5d8ea39
 @entry("fig10", "ITIoU against the threshold of the mask (and the two numbers of section 5.3)",
        "vision models, a data set", 23)
 def _fig10(s):
@@ -983,6 +1005,7 @@ def _fig10(s):
     made.tables["section5.3"] = beside_paper("section5.3", runs, [s.pictures.name])
     return made
 
+# %% ../nbs/12_reproduction.ipynb #67592337
 @entry("fig11", "ITIoU against layer", "vision models, a data set", 88)
 def _fig11(s):
     at = lambda backbone, data, l, out, n: itiou_test(backbone, data, OBJECT_EXPLAINERS, layer=l, out=out, limit=n)
@@ -1001,6 +1024,7 @@ def _latent_and_attention(model, blocks, inputs, layer):
     finally: hook.remove()
     return kept[0], tap.attention[:layer - 1]
 
+# %% ../nbs/12_reproduction.ipynb #4f27e33e
 def per_token_maps(model:nn.Module, # any transformer
                    inputs:Tensor|dict, # images [B, C, H, W], or a dict of model inputs
                    blocks:Sequence[nn.Module], # its blocks in order
@@ -1034,6 +1058,7 @@ def seconds(f:Callable, # without arguments
     wait()
     return time.perf_counter() - start
 
+# %% ../nbs/12_reproduction.ipynb #356b4643
 def matmul_rate(device:torch.device, # that is measured
                 n:int=2048, # rows and columns of a matrix
                 repeats:int=5 # products, of which the fastest counts
@@ -1060,6 +1085,7 @@ def resident_memory(which:str # "VmRSS", now, or "VmHWM", at most so far
     except OSError: return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(which)), None)
 
+# %% ../nbs/12_reproduction.ipynb #d94bd370
 def _procedures(backbone, x, layer, scalar):
     "What is measured, by name"
     return {"per token": lambda: per_token_maps(backbone.model, x, backbone.blocks, layer, scalar),
@@ -1067,6 +1093,7 @@ def _procedures(backbone, x, layer, scalar):
             "diagonal": lambda: explain(backbone, x, layer=layer, scalar=scalar, mode="diagonal"),
             "forward": torch.no_grad()(lambda: backbone.model(x))}
 
+# %% ../nbs/12_reproduction.ipynb #193ce1c2
 def _peak(name, settings, x, layer, scalar, device):
     "Peak bytes of one procedure in this (fresh) process, above the loaded model"
     backbone = load(**settings, device=device)
@@ -1091,6 +1118,7 @@ def _times(procedures, device, repeats):
     for name in ["diagonal", "forward"] * 20: taken[name].append(seconds(procedures[name], device))
     return taken
 
+# %% ../nbs/12_reproduction.ipynb #e2c43c8c
 def _peaks(procedures, *given):
     "Peak MB of every procedure, each in a process of its own; None where it cannot be told"
     found = {}
@@ -1156,6 +1184,7 @@ def _write_made(s, name, made):
         files[write_bytes(s.out / "tables" / f"{key}.csv", table.to_csv(index=False).encode())] = ENTRIES[name].title
     return files
 
+# %% ../nbs/12_reproduction.ipynb #8e0bfa9f
 def _keep(s, name, made, seconds):
     "Writes what an entry made; the record last, so that half an entry is none"
     files = {path.relative_to(s.out).as_posix(): dict(sha256=sha256(path), text=text)
@@ -1181,6 +1210,7 @@ def entry_record(out:str|Path, # folder of a reproduction
     own = lambda file: (here / file).resolve().is_relative_to(here)
     return record if record and all(map(own, record["settings"]["files"])) else None
 
+# %% ../nbs/12_reproduction.ipynb #735d185d
 def amiss(out:str|Path, # folder of a reproduction
           record:dict # of `entry_record`
          ) -> str|None:
@@ -1226,6 +1256,7 @@ def _check_folder(s, resume):
     if there and kept["profile"] != s.profile.name:
         raise ValueError(f"{s.out} holds the {kept['profile']} profile, not {s.profile.name}; name another folder")
 
+# %% ../nbs/12_reproduction.ipynb #969e6c0f
 def _claim(s):
     "Notes the profile, what is lacking, and where weights and data lie, so that a later start need not be told"
     kept = read_note(s.out)
@@ -1234,6 +1265,7 @@ def _claim(s):
     note = dict(profile=s.profile.name, weights=texts(s.weights), roots=texts(s.roots), lacking=s.missing(ENTRIES))
     write_json(s.out / "reproduction.json", sealed(note))
 
+# %% ../nbs/12_reproduction.ipynb #fbc00f90
 @contextmanager
 def _alone(out):
     "Keeps other processes out of a folder, or a ValueError where one is in it"
@@ -1259,6 +1291,7 @@ def _attempt(s, name, why, say):
     say(f"{name:7} made in {time.monotonic() - start:.0f} s: {files}")
     return None
 
+# %% ../nbs/12_reproduction.ipynb #b5a16336
 def _make_all(s, chosen, say):
     "Makes the entries that are not complete: entry to what is not as it should be"
     problems = {}
@@ -1273,6 +1306,7 @@ def _make_all(s, chosen, say):
             problems[name] = f"in part: {'; '.join(partly)}"
     return problems
 
+# %% ../nbs/12_reproduction.ipynb #82f3f60a
 def reproduce(chosen:Sequence[str], # of ENTRIES
               s:Sources, # what they are made of, and the folder
               resume:bool=True, # go on with what is in the folder; False refuses one that is not empty
@@ -1321,6 +1355,7 @@ def study_record(name:str # of a study
     path = checkout / "nbs" / "studies" / "records" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
+# %% ../nbs/12_reproduction.ipynb #9e4ed9f2
 def _question(key, found):
     "A question with what each answer measured"
     question, default = OPEN_QUESTIONS.get(key, (key, None))
@@ -1330,6 +1365,7 @@ def _question(key, found):
     return dict(name=key, question=question, rows=rows, low=f"{min(values):.1f}", high=f"{max(values):.1f}",
                 most=max(row["n"] for row in rows))
 
+# %% ../nbs/12_reproduction.ipynb #28ec6be0
 def _ways_to_learn():
     "How W was trained, and what that gave on the training pictures that chose among them: the mean of three seeds"
     ways = {}
@@ -1352,6 +1388,7 @@ def _status(name, profile, settings):
     part = settings["missing"] or settings["state"]["limit"] or name.startswith("fig")
     return "in part" if part else "reproduced"
 
+# %% ../nbs/12_reproduction.ipynb #abad8f84
 def _groups(table):
     "ULTra's rows, those of the embedded models and those of other methods apart; names as the paper writes them"
     embedded, ours = table.status == "embedded only", table.method == "ULTra"
@@ -1372,6 +1409,7 @@ def _shown_table(key, name, label, table):
     caption = label if key == name else "Section 5.3, ITIoU at a threshold of 0.2"
     return dict(name=key, caption=f"{caption}: the paper's numbers and ours", groups=_groups(table))
 
+# %% ../nbs/12_reproduction.ipynb #3dabcfdd
 def _section(out, profile, problems, name):
     "One table or figure as the report's template wants it"
     record, entry, why = entry_record(out, name), ENTRIES[name], problems.get(name)

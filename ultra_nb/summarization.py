@@ -36,12 +36,14 @@ class Joined:
     context: str
     summary: str
 
+# %% ../nbs/09_summarization.ipynb #1836bc0a
 def _check_text(side, text):
     "ValueError for a context or summary without text"
     if not text.strip(): raise ValueError(f"the {side} is empty")
     try: text.encode()
     except UnicodeEncodeError: raise ValueError(f"the {side} holds bytes that are no text in UTF-8") from None
 
+# %% ../nbs/09_summarization.ipynb #6564124d
 def _check_tokenizer(tokenizer, separator):
     "ValueError for a tokenizer that gives no offsets, or knows no separator"
     if not getattr(tokenizer, "is_fast", False):
@@ -60,6 +62,7 @@ def _tokenized(tokenizer, text):
     end = len(ids) - special[::-1].index(0)
     return ids[:end], offsets[:end], special.index(0)
 
+# %% ../nbs/09_summarization.ipynb #4bb372cc
 def join(tokenizer, # a fast tokenizer of transformers
          context:str, # what is summarised
          summary:str, # what was made of it
@@ -108,6 +111,7 @@ def _padded(sequences, pad, side):
         ids[row, at], mask[row, at], places[row, at] = torch.tensor(s), 1, torch.arange(len(s))
     return dict(input_ids=ids, attention_mask=mask, position_ids=places), starts
 
+# %% ../nbs/09_summarization.ipynb #621545fc
 def _model_inputs(backbone, tokenizer, joined):
     "What a model reads of one or several sequences, on its device, and where each begins"
     inputs, starts = _padded([j.input_ids for j in joined], tokenizer.pad_token_id or 0, tokenizer.padding_side)
@@ -139,9 +143,8 @@ def contribution_scores(model:nn.Module|Backbone, # any causal language model of
                        ) -> Scores|list[Scores]: # a list for a batch
     """How much every token of a context contributes to its summary (eq. 15). Raises ValueError as `join` and `explain`
     do, and for another number of summaries than contexts"""
-    contexts = [context] if isinstance(context, str) else context
-    summaries = [summary] if isinstance(context, str) else summary
-    if isinstance(summaries, str) or len(contexts) != len(summaries):
+    contexts, summaries = ([texts] if isinstance(texts, str) else texts for texts in (context, summary))
+    if isinstance(context, str) != isinstance(summary, str) or len(contexts) != len(summaries):
         raise ValueError(f"{len(contexts)} contexts need as many summaries")
     backbone, pairs = _as_backbone(model), zip(contexts, summaries, strict=True)
     joined = [join(tokenizer, *pair, separator, window_of(backbone.model), truncate) for pair in pairs]
@@ -170,6 +173,7 @@ def words_of(context:str) -> list[Word]:
     "A context's words, in order, with scores of 0"
     return [Word(m[0], *m.span(), 0.) for m in re.finditer(r"\S+", context)]
 
+# %% ../nbs/09_summarization.ipynb #6fc2cf0e
 def word_scores(found:Scores) -> list[Word]:
     "Scores of the context's words, in order"
     words = words_of(found.context)
@@ -200,6 +204,7 @@ def coloured_words(found:Scores # of a context
         at = w.end
     return "".join([*out, html.escape(found.context[at:])])
 
+# %% ../nbs/09_summarization.ipynb #77996030
 def text_page(parts:dict, # title to Scores, side by side
               heading:str="What the summary was made from" # of the page
              ) -> str: # HTML
@@ -222,6 +227,7 @@ def _on_lines(words, columns):
         column += len(w.text) + 1
     return placed, line + 1
 
+# %% ../nbs/09_summarization.ipynb #960e152a
 def _draw_words(ax, placed, columns):
     "Words on their lines, coloured"
     top = max(w.score for w, *_ in placed) or 1.
@@ -231,6 +237,7 @@ def _draw_words(ax, placed, columns):
         ax.add_patch(Rectangle((column - .2, line - .5), len(w.text) + .4, .9, color=ACCENT, alpha=alpha, linewidth=0))
         ax.text(column, line, w.text, fontsize=9, family="monospace", color=INK, va="center", parse_math=False)
 
+# %% ../nbs/09_summarization.ipynb #145abfbd
 def text_figure(parts:dict, # title to Scores, one below the other
                 columns:int=88 # characters a line
                ): # matplotlib figure
@@ -256,6 +263,7 @@ def as_pairs(posts:Sequence, # of `Post`, with a rejected summary
     "Posts as preference pairs"
     return [dict(prompt=p.context + separator, chosen=" " + p.summary, rejected=" " + p.rejected) for p in posts]
 
+# %% ../nbs/09_summarization.ipynb #50001a2d
 def _train(trainer, config, model, tokenizer, rows, out, arguments, lora, **own):
     """Trains with one of trl's trainers, from the last checkpoint in `out` if there is one, and leaves model and
     tokenizer there"""
@@ -288,6 +296,7 @@ def train_sft(model:nn.Module, # a causal language model of transformers
     with needs("llm"): from trl import SFTConfig, SFTTrainer
     return _train(SFTTrainer, SFTConfig, model, tokenizer, rows, out, arguments, lora)
 
+# %% ../nbs/09_summarization.ipynb #df658638
 def train_dpo(model:nn.Module, # a causal language model of transformers
               tokenizer, # its tokenizer
               pairs:Sequence[dict], # prompt, chosen, rejected
@@ -317,6 +326,7 @@ def pretrained(name:str, # folder, or repository of the hub
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
+# %% ../nbs/09_summarization.ipynb #7e2d967a
 def training_settings(settings, # a settings file's content
                       model:str|None=None, # instead of its own
                       data:str|None=None # instead of its own
@@ -334,6 +344,7 @@ def training_settings(settings, # a settings file's content
         if not isinstance(given(name) or {}, dict): raise ValueError(f"{name}={given(name)!r}: give names and values")
     return settings
 
+# %% ../nbs/09_summarization.ipynb #84a7cbc1
 def train(settings:dict, # stage, model, data, arguments, lora: a settings file's content
           out:str|Path # folder of checkpoints and of the result
          ) -> nn.Module:
@@ -360,6 +371,7 @@ def log_likelihood(model, # a causal language model of transformers
     logits = model(input_ids=ids, use_cache=False).logits[0, start - 1:-1].float()
     return logits.log_softmax(-1).gather(1, ids[0, start:, None]).sum().item()
 
+# %% ../nbs/09_summarization.ipynb #fa9f6352
 def preference_test(model, # a causal language model of transformers
                     tokenizer, # its tokenizer
                     pairs:Sequence[dict], # prompt, chosen, rejected
@@ -399,6 +411,7 @@ def summarize(model, # a causal language model of transformers
                          do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
     return tokenizer.decode(out[0, prompt.shape[1]:], skip_special_tokens=True).strip()
 
+# %% ../nbs/09_summarization.ipynb #b718cd51
 def summary_test(model, # a causal language model of transformers
                  tokenizer, # its tokenizer
                  posts:Sequence # of `Post`
@@ -427,6 +440,7 @@ def word_auc(words:list[Word], # with scores
     truth = [kinds[w.start] for w in known]
     return float(roc_auc_score(truth, [w.score for w in known])) if len(set(truth)) == 2 else float("nan")
 
+# %% ../nbs/09_summarization.ipynb #97311e31
 def without(context:str, # a text
             words:Sequence[Word] # of it
            ) -> str:
@@ -452,6 +466,7 @@ def gradient_scores(model, # a causal language model of transformers
     grad, = torch.autograd.grad(likely.gather(1, ids[a:b, None]).sum(), x)
     return _scored(joined, tokenizer, (grad * x).detach().sum(-1)[0, slice(*joined.context_span)])
 
+# %% ../nbs/09_summarization.ipynb #eeec8eb8
 def erasing_scores(model, # a causal language model of transformers
                    tokenizer, # its tokenizer
                    context:str, # what is summarised
@@ -475,6 +490,7 @@ def _shortened(context, words, share, ties):
     order = np.lexsort((ties.random(len(words)), np.array([-w.score for w in words])))
     return without(context, [words[k] for k in order[:max(1, round(share * len(words)))]])
 
+# %% ../nbs/09_summarization.ipynb #be9b89da
 def word_test(model, # a causal language model of transformers
               tokenizer, # its tokenizer
               posts:Sequence, # of `Post`
@@ -522,6 +538,7 @@ def training_memory(config, # of a causal model of transformers
     return _gib(weights=2 * P * (1 + reference) / gpus, gradients=2 * trained / gpus, optimiser=12 * trained / gpus,
                 activations=batch * tokens * (2 * L * D + 34 * D), logits=8 * batch * tokens * V)
 
+# %% ../nbs/09_summarization.ipynb #b65de3b4
 def explaining_memory(config, # of a causal model of transformers
                       tokens:int, # N, context, separator and summary
                       mode:str="exact", # as in `explain`
