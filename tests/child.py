@@ -125,12 +125,18 @@ def vit(**options):
     sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5)
     return timm.create_model("vit_tiny_patch16_224", **sizes | options).eval()
 
-def llama(**options):
-    "A tiny Llama of random numbers; options of its configuration"
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+
+def causal(name:str, # "Llama", as transformers calls its configuration
+           attention:str|None=None, # "sdpa" or "eager"; the library's choice by default
+           **sizes):
+    "A tiny language model of transformers, of random numbers"
     import torch, transformers
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=50)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | options)).eval()
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+def llama(**sizes): return causal("Llama", **SIZES | dict(vocab_size=50) | sizes)
 
 def language_model(folder:Path, **options) -> Path: # of save_pretrained
     "A folder with a tiny Llama and the tokenizer of the embedded one, as transformers saves them"

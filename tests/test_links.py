@@ -42,5 +42,6 @@ def test_links_are_found_and_judged():
     assert len(links(readme)) > 20
     said = {"LICENSE": None, "README.md#citation": None, "https://arxiv.org/abs/2104.14294": None,
             "nothing.md": "no such file", "README.md#nothing": "no such heading", "#citation": None,
-            "../secret": "no such file", "http:/a": "no address", "ftp://a.b": "no address", "https://a b": "no address"}
+            "../secret": "no such file", "http:/a": "no address", "ftp://a.b": "no address",
+            "https://a b": "no address"}
     assert {url: problem(readme, url) for url in said} == said
