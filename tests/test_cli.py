@@ -163,6 +163,8 @@ WRONG = { # what is missing or wrong: the command's own usage, then one line
     "explain --layer x": "invalid int value: 'x'",
     "explain --token": "expected one argument",
     "explain --colour red": "unrecognized arguments",
+    "segment --mode fast": "invalid choice: 'fast'",
+    "segment a.jpg b.jpg": "unrecognized arguments: b.jpg",
     "evaluate": "required: DATASET", "evaluate scenes --k 3 --threshold 0.4": "not allowed with",
     "perturb": "required: DATASET", "perturb scenes --share": "expected at least one argument",
     "itiou": "required: DATASET", "itiou scenes --tau x": "invalid float value: 'x'",
