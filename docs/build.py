@@ -1,8 +1,11 @@
-"""Renders the notebooks to HTML without Quarto and without a network: nbdev's own processing, then nbconvert; equations become MathML.
+"""Renders the notebooks to HTML without Quarto and without a network.
+
+nbdev's own processing comes first, then nbconvert; equations become MathML.
 
     python docs/build.py [SITE]        from the top of the repository; SITE is _site by default
 
-It stands outside the library, which needs none of these packages, and outside nbs/, whose other files Quarto would publish.
+It stands outside the library, which needs none of these packages, and outside nbs/, whose other files Quarto would
+publish.
 """
 import re, shutil, sys
 from html import escape
@@ -23,7 +26,7 @@ from nbdev.showdoc import show_doc
 from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent
-STEPS = [step for step in FilterDefaults().base_procs() if step.__name__ != "exec_show_docs"] # the library is asked instead: nothing runs
+STEPS = [step for step in FilterDefaults().base_procs() if step.__name__ != "exec_show_docs"] # nothing runs
 COLOURS = dict(light="default", dark="github-dark")
 
 def mathml(tex, display):
@@ -58,12 +61,13 @@ class Renderer(IPythonRenderer):
 def documented(name, module):
     "Signature, with the comment behind each parameter, and docstring of an exported name, in Markdown"
     said = NbdevLookup().linkify(show_doc(attrgetter(name)(module))._repr_markdown_())
-    return re.sub(r"\[source\]\(([^)]*)\)\{[^}]*\}", r'<a class="source" href="\1">source</a>', said.removeprefix("---\n\n"))
+    link = r'<a class="source" href="\1">source</a>'
+    return re.sub(r"\[source\]\(([^)]*)\)\{[^}]*\}", link, said.removeprefix("---\n\n"))
 
 def processed(path, lib):
     "A notebook as nbdev publishes it, and its front matter"
     steps = NBProcessor(path, STEPS)
-    exports = next((cell.directives_["default_exp"][0] for cell in steps.nb.cells if "default_exp" in cell.directives_), None)
+    exports = next((c.directives_["default_exp"][0] for c in steps.nb.cells if "default_exp" in c.directives_), None)
     steps.process()
     notebook = nbformat.reads(nb2str(steps.nb), 4)
     for cell in notebook.cells:
@@ -77,14 +81,17 @@ def page(notebook, lead, root, hosted):
     "Body of a page with its purpose on top, and its headings"
     renderer = Renderer(root, hosted)
     html = lambda text: MarkdownWithMath(renderer=renderer).render(text)
+    filters = {"markdown2html": html, "clean_html": lambda text: text} # the project's own code: nothing to clean
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
-                            filters={"markdown2html": html, "clean_html": lambda text: text}) # the project's own code: nothing to clean
+                            filters=filters)
     return f'<div class="lead">{html(lead)}</div>\n{exporter.from_notebook_node(notebook)[0]}', renderer.headings
 
 def navigation(titles, here, root, headings):
     "Links to all pages, and to the headings of the one being read"
     inner = "".join(f'<li class="h{level}"><a href="#{name}">{text}</a></li>' for level, name, text in headings)
-    item = lambda path, title: f'<li><a href="{root}{path}"' + (f' aria-current="page">{title}</a><ul>{inner}</ul></li>' if path == here else f">{title}</a></li>")
+    def item(path, title):
+        if path != here: return f'<li><a href="{root}{path}">{title}</a></li>'
+        return f'<li><a href="{root}{path}" aria-current="page">{title}</a><ul>{inner}</ul></li>'
     return "".join(item(path, title) for path, title in titles.items())
 
 def build(site):
@@ -102,10 +109,12 @@ def build(site):
         lead = front.get("description", "")
         body, headings = page(notebook, lead, root, f"{cfg.doc_host}{cfg.doc_baseurl}/")
         (site / name).parent.mkdir(exist_ok=True)
-        (site / name).write_text(frame.substitute(site=cfg.title, title=front["title"], lead=escape(re.sub("[*`]", "", lead)), root=root, body=body,
-                                                  navigation=navigation(titles, name, root, headings)), encoding="utf-8")
+        parts = dict(site=cfg.title, title=front["title"], lead=escape(re.sub("[*`]", "", lead)), root=root, body=body,
+                     navigation=navigation(titles, name, root, headings))
+        (site / name).write_text(frame.substitute(parts), encoding="utf-8")
     light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in COLOURS.values())
-    (site / "style.css").write_text(f"{(HERE / 'style.css').read_text(encoding='utf-8')}{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n", encoding="utf-8")
+    style = f"{(HERE / 'style.css').read_text(encoding='utf-8')}{light}"
+    (site / "style.css").write_text(f"{style}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n", encoding="utf-8")
     return site / "index.html"
 
 if __name__ == "__main__": print(build(Path(sys.argv[1] if len(sys.argv) > 1 else "_site")))

@@ -213,7 +213,7 @@ def points(only:str="") -> list: # (command, operation, event) each
 def sweep(chosen:list, jobs:int=1):
     "Lines about the points at which something is wrong, as they come"
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-        for (name, at, event), wrong in zip(chosen, pool.map(trial, chosen)):
+        for (name, at, event), wrong in zip(chosen, pool.map(trial, chosen), strict=True):
             kind, where, _ = whole(name).log[at]
             if wrong: yield f"{name} | {event} operation {at + 1}, {kind} {where} | {'; '.join(wrong)}"
 

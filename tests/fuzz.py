@@ -10,6 +10,7 @@ import argparse, ast, json, math, multiprocessing, os, re, shutil, signal, struc
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from tqdm import tqdm
@@ -67,14 +68,7 @@ def weights(folder):
     save_file(dict(W=torch.ones(17, 16)), folder / "W.safetensors", dict(learned=json.dumps(learned)))
 
 def language(folder):
-    import torch, transformers
-    from ultra_nb.models import embedded
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, vocab_size=1000, max_position_embeddings=512)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model", max_shard_size="50KB")
-    special = dict(bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    tokens = transformers.PreTrainedTokenizerFast(tokenizer_file=str(embedded("tldr_tokenizer.json")), **special)
-    tokens.save_pretrained(folder / "model")
+    child.language_model(folder / "model", max_shard_size="50KB")
     (folder / "text").write_text(TEXT)
     (folder / "pairs.jsonl").write_text(json.dumps(dict(prompt=TEXT, chosen=" Sell it.", rejected=" Go.")) + "\n")
     (folder / "pairs.csv").write_text(f"prompt,chosen,rejected\n{TEXT}, Sell it., Go.\n")
@@ -106,7 +100,7 @@ def everything(folder):
 def materials():
     "A folder of such folders, by the names of the functions that make them"
     child.warm()
-    import peft, trl
+    for name in ("peft", "trl"): import_module(name)
     home = Path(tempfile.mkdtemp(prefix="fuzz-"))
     for make in (own, voc, potsdam, weights, language, evaluated, half_evaluated, half_fitted, reproduced, everything):
         (home / make.__name__).mkdir()
@@ -365,7 +359,7 @@ def main():
     chosen = [case for case in chosen if re.search(args.only, ascii(case))]
     try:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
-            for case, found in zip(tqdm(chosen, unit="case"), pool.map(wrong, chosen)):
+            for case, found in zip(tqdm(chosen, unit="case"), pool.map(wrong, chosen), strict=True):
                 for what in found:
                     if kind(case, what) not in groups: print(ascii(what), ascii(case), flush=True)
                     groups[kind(case, what)].append((ascii(case), what))

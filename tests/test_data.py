@@ -1,27 +1,31 @@
-"What a notebook cannot hold well about images and data sets: damaged and missing files by the dozen, real archives, and what an import pulls in."
+"""What a notebook cannot hold well about images and data sets: damaged and missing files by the dozen, real archives,
+and what an import pulls in."""
 import os, pickle, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
-from ultra_nb.data import DATA, check_data, cityscapes, coco_stuff, folder, open_data, potsdam, read_image, read_labels, scenes, voc
+from ultra_nb.data import DATA, check_data, cityscapes, coco_stuff, folder, open_data, potsdam
+from ultra_nb.data import read_image, read_labels, scenes, voc
 
-KINDS = [("png", "RGB"), ("png", "P"), ("png", "I;16"), ("jpg", "RGB"), ("jpg", "CMYK"), ("gif", "P"), ("tif", "RGB"), ("tif", "CMYK"), ("webp", "RGBA"), ("bmp", "RGB"), ("ppm", "RGB")]
+KINDS = [("png", "RGB"), ("png", "P"), ("png", "I;16"), ("jpg", "RGB"), ("jpg", "CMYK"), ("gif", "P"), ("tif", "RGB"),
+         ("tif", "CMYK"), ("webp", "RGBA"), ("bmp", "RGB"), ("ppm", "RGB")]
 
 def damaged(raw, dice):
     "A few bytes changed, half of the time in the header; sometimes the end cut off"
     raw = bytearray(raw)
-    for at in dice.integers(0, min(len(raw), dice.choice([200, 1_000_000])), dice.integers(1, 6)): raw[at] = dice.integers(0, 256)
+    end = min(len(raw), dice.choice([200, 1_000_000]))
+    for at in dice.integers(0, end, dice.integers(1, 6)): raw[at] = dice.integers(0, 256)
     return bytes(raw[:dice.integers(1, len(raw))] if dice.random() < .2 else raw)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind,mode", KINDS)
 def test_a_damaged_image_is_an_image_or_one_line(tmp_path, kind, mode):
     dice, path = np.random.default_rng(0), tmp_path/f"image.{kind}"
-    pixels = dice.integers(0, 65535, (24, 31), np.uint16) if mode == "I;16" else dice.integers(0, 255, (24, 31, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    (image if mode == "I;16" else image.convert(mode)).save(path)
+    if mode == "I;16": image = Image.fromarray(dice.integers(0, 65535, (24, 31), np.uint16))
+    else: image = Image.fromarray(dice.integers(0, 255, (24, 31, 3), np.uint8)).convert(mode)
+    image.save(path)
     whole = path.read_bytes()
     assert read_image(path).size == (31, 24)
     for _ in range(60):
@@ -32,7 +36,8 @@ def test_a_damaged_image_is_an_image_or_one_line(tmp_path, kind, mode):
 def test_importing_data_is_light():
     heavy = "{'torch', 'timm', 'open_clip', 'transformers', 'matplotlib', 'scipy'}"
     code = f"import sys, ultra_nb.data; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 # Data sets: a complete little archive of each, from which one thing at a time is taken away.
 
@@ -46,31 +51,42 @@ def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
+PAIRS = { # in the official layout: images, masks, class numbers from and below, height of the first (they grow by one)
+    "voc": ("VOCdevkit/VOC2012/JPEGImages/{}.jpg", "VOCdevkit/VOC2012/SegmentationClass/{}.png", 0, 21, 30),
+    "coco-stuff": ("images/val2017/{:012}.jpg", "annotations/val2017/{:012}.png", 91, 182, 370),
+    "cityscapes": ("leftImg8bit/val/ulm/ulm_{}_leftImg8bit.png", "gtFine/val/ulm/ulm_{}_gtFine_labelIds.png",
+                   0, 34, 30),
+    "folder": ("images/{}.png", "masks/{}.png", 0, 7, 30),
+}
+
+def numbered(path, n): write(path, "".join(f"{i}\n" for i in range(n)))
+
+def crops(root, n, dice):
+    "Potsdam as STEGO's archive has it"
+    numbered(root/"labelled_test.txt", n)
+    for part in ("imgs", "gt"): (root/part).mkdir(parents=True)
+    for i in range(n): savemat(root/f"imgs/{i}.mat", dict(img=dice.integers(0, 255, (200, 200, 4), np.uint8)))
+    for i in range(n): savemat(root/f"gt/{i}.mat", dict(gt=dice.integers(0, 6, (200, 200), np.int32)))
+
+def tiles(root, n, dice):
+    "Potsdam as ISPRS gives it out"
+    labels = np.full((800, 400, 3), [255, 255, 0], np.uint8)
+    for i in range(n):
+        image = dice.integers(0, 255, (800, 400, 3), np.uint8)
+        save(root/f"2_Ortho_RGB/2_Ortho_RGB/top_potsdam_2_{i}_RGB.tif", image)
+        save(root/f"5_Labels_for_participants/top_potsdam_2_{i}_label.tif", labels)
+
 def archive(root, name, n=3):
     "A complete data set of `n` pictures in the official layout, of different sizes where the layout allows"
     dice = np.random.default_rng(0)
-    def pair(image, mask, low, high, height=370, width=380):
-        save(image, dice.integers(0, 255, (height, width, 3), np.uint8))
-        save(mask, dice.integers(low, high, (height, width), np.uint8))
-    if name == "voc":
-        base = root/"VOCdevkit/VOC2012"
-        for i in range(n): pair(base/f"JPEGImages/{i}.jpg", base/f"SegmentationClass/{i}.png", 0, 21, 30+i)
-        write(base/"ImageSets/Segmentation/val.txt", "".join(f"{i}\n" for i in range(n)))
-    if name == "coco-stuff":
-        for i in range(n): pair(root/f"images/val2017/{i:012}.jpg", root/f"annotations/val2017/{i:012}.png", 91, 182, 370+i)
-    if name == "cityscapes":
-        for i in range(n): pair(root/f"leftImg8bit/val/ulm/ulm_{i}_leftImg8bit.png", root/f"gtFine/val/ulm/ulm_{i}_gtFine_labelIds.png", 0, 34, 30+i)
-    if name == "potsdam":
-        write(root/"labelled_test.txt", "".join(f"{i}\n" for i in range(n)))
-        for part, key, pixels in ("imgs", "img", lambda: dice.integers(0, 255, (200, 200, 4), np.uint8)), ("gt", "gt", lambda: dice.integers(0, 6, (200, 200), np.int32)):
-            (root/part).mkdir(parents=True)
-            for i in range(n): savemat(root/part/f"{i}.mat", {key: pixels()})
-    if name == "tiles":
+    if name == "potsdam": crops(root, n, dice)
+    if name == "tiles": tiles(root, n, dice)
+    if name == "voc": numbered(root/"VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", n)
+    if name in PAIRS:
+        image, mask, low, high, height = PAIRS[name]
         for i in range(n):
-            save(root/f"2_Ortho_RGB/2_Ortho_RGB/top_potsdam_2_{i}_RGB.tif", dice.integers(0, 255, (800, 400, 3), np.uint8))
-            save(root/f"5_Labels_for_participants/top_potsdam_2_{i}_label.tif", np.full((800, 400, 3), [255, 255, 0], np.uint8))
-    if name == "folder":
-        for i in range(n): pair(root/f"images/{i}.png", root/f"masks/{i}.png", 0, 7, 30+i)
+            save(root/image.format(i), dice.integers(0, 255, (height+i, 380, 3), np.uint8))
+            save(root/mask.format(i), dice.integers(low, high, (height+i, 380), np.uint8))
     return root
 
 def opened(root, name): return open_data("potsdam", root, "all") if name == "tiles" else open_data(name, root)
@@ -86,7 +102,8 @@ def test_a_complete_archive_opens(tmp_path, name):
     pictures = opened(archive(tmp_path, name), name)
     assert len(pictures) == (6 if name == "tiles" else 3)
     for sample in pickle.loads(pickle.dumps(pictures)): # as a loader's processes would
-        assert sample.image.mode == "RGB" and sample.image.size == sample.mask.shape[::-1] and sample.mask.dtype == np.uint8
+        assert sample.image.mode == "RGB" and sample.image.size == sample.mask.shape[::-1]
+        assert sample.mask.dtype == np.uint8
         assert sample.image.size == (320, 320) or pictures.crop is None
         assert set(np.unique(sample.mask)) <= {*range(len(pictures.classes)), 255}
     report = check_data(pictures)
@@ -113,7 +130,8 @@ def test_half_an_archive_is_one_line(tmp_path, name):
         return copy
     for path in folders(whole):
         for empty in (False, True): one_line(opened, without(path, empty), name)
-    listed_by = {"coco-stuff": "annotations", "cityscapes": "leftImg8bit", "tiles": "top_potsdam"} # what the list is made from cannot be missed
+    # what the list of pictures is made from cannot be missed
+    listed_by = {"coco-stuff": "annotations", "cityscapes": "leftImg8bit", "tiles": "top_potsdam"}
     for path in whole.rglob("*.*"):
         if path.is_file() and listed_by.get(name, "nothing") not in str(path): one_line(opened, without(path), name)
 
@@ -124,8 +142,10 @@ def test_a_mask_that_goes_missing_is_found_by_its_picture_in_a_folder(tmp_path):
     (root/"images/1.png").unlink(); (root/"images/2.png").unlink()
     assert "masks have no file of the same name in images: 2;" in one_line(folder, root)
 
-BUILDERS = [("voc", voc, "JPEGImages/1.jpg", "SegmentationClass/1.png"), ("coco-stuff", coco_stuff, "images/val2017/000000000001.jpg", "annotations/val2017/000000000001.png"),
-            ("cityscapes", cityscapes, "ulm/ulm_1_leftImg8bit.png", "ulm/ulm_1_gtFine_labelIds.png"), ("potsdam", potsdam, "imgs/1.mat", "gt/1.mat"),
+BUILDERS = [("voc", voc, "JPEGImages/1.jpg", "SegmentationClass/1.png"),
+            ("coco-stuff", coco_stuff, "images/val2017/000000000001.jpg", "annotations/val2017/000000000001.png"),
+            ("cityscapes", cityscapes, "ulm/ulm_1_leftImg8bit.png", "ulm/ulm_1_gtFine_labelIds.png"),
+            ("potsdam", potsdam, "imgs/1.mat", "gt/1.mat"),
             ("folder", folder, "images/1.png", "masks/1.png")]
 
 @pytest.mark.parametrize("which", ["image", "mask"])
@@ -149,7 +169,8 @@ def test_masks_that_do_not_fit(tmp_path, name, builder, image, mask):
     right = read_labels(path)
     save(path, right.T)
     line = one_line(pictures.__getitem__, 1)
-    assert "x".join(map(str, right.shape)) in line.replace(" ", "") and "x".join(map(str, right.T.shape)) in line.replace(" ", "")
+    found, wanted = ("x".join(map(str, shape)) for shape in (right.T.shape, right.shape))
+    assert found in line.replace(" ", "") and wanted in line.replace(" ", "")
     save(path, np.where(right == right[0, 0], 200, right).astype(np.uint8))
     assert f"{path} holds 200, which" in one_line(pictures.__getitem__, 1)
     save(path, right.astype(np.uint16)) # 16 bits are fine as long as the numbers are
@@ -180,7 +201,8 @@ def test_folder_without_a_list_of_classes(tmp_path):
     save(root/"masks/2.png", np.full((32, 380), 300, np.uint16))
     assert "300: class numbers go from 0 to 254" in one_line(folder, root)
     write(root/"classes.txt", "sky\nsea\n\n")
-    assert folder(root).classes == ["sky", "sea"] and "which this data set does not use" in one_line(folder(root).__getitem__, 0)
+    assert folder(root).classes == ["sky", "sea"]
+    assert "which this data set does not use" in one_line(folder(root).__getitem__, 0)
 
 def test_bad_requests():
     assert "choose from" in one_line(open_data, "imagenet", ".")
@@ -191,8 +213,13 @@ def test_bad_requests():
 
 KIT = Path(os.environ.get("ULTRA_NB_KIT", Path(__file__).parent.parent.parent/"shared"/"kit"))
 
-REAL = [("voc", "", dict(split="val"), 200, 21), ("voc", "", dict(split="train"), 256, 21), ("coco-stuff", "", dict(curated=False), 8, 27), ("coco-stuff", "cocostuff", {}, 3, 27),
-        ("coco-stuff", "", dict(split="train"), 5, 27), ("cityscapes", "", dict(split="train"), 3, 27), ("folder", "camvid", dict(images="val", masks="valannot", ignore=11), 101, 11)]
+REAL = [("voc", "", dict(split="val"), 200, 21),
+        ("voc", "", dict(split="train"), 256, 21),
+        ("coco-stuff", "", dict(curated=False), 8, 27),
+        ("coco-stuff", "cocostuff", {}, 3, 27),
+        ("coco-stuff", "", dict(split="train"), 5, 27),
+        ("cityscapes", "", dict(split="train"), 3, 27),
+        ("folder", "camvid", dict(images="val", masks="valannot", ignore=11), 101, 11)]
 
 @pytest.mark.skipif(not KIT.exists(), reason="no folder with real pictures")
 @pytest.mark.parametrize("name,where,options,number,classes", REAL)

@@ -1,4 +1,5 @@
-"The documentation, built from the notebooks without Quarto, as a reader meets it; what Quarto's own build needs, as far as it can be seen here."
+"""The documentation, built from the notebooks without Quarto, as a reader meets it; what Quarto's own build needs, as
+far as it can be seen here."""
 import ast, configparser, importlib, inspect, json, os, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,8 @@ INI.read(ROOT / "settings.ini", encoding="utf-8")
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     site = tmp_path_factory.mktemp("docs") / "site"
-    done = subprocess.run([sys.executable, "docs/build.py", str(site)], cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE="1"))
+    argv, env = [sys.executable, "docs/build.py", str(site)], os.environ | dict(HF_HUB_OFFLINE="1")
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return site
 
@@ -34,13 +36,15 @@ class Page(HTMLParser):
 def pages(site): return {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")}
 
 def test_every_notebook_has_its_page(pages):
-    assert set(pages) == {re.sub(r"(^|/)\d+_", r"\1", p.relative_to(ROOT / "nbs").with_suffix(".html").as_posix()) for p in NOTEBOOKS}
+    expected = (p.relative_to(ROOT / "nbs").with_suffix(".html").as_posix() for p in NOTEBOOKS)
+    assert set(pages) == {re.sub(r"(^|/)\d+_", r"\1", name) for name in expected}
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_nothing_but_title_and_purpose_in_the_first_cell(path):
     "nbdev makes the page's front matter of that cell and drops what else it holds"
     first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+\n?", first), f"put what follows the purpose into a cell of its own:\n{first}"
+    put = "put what follows the purpose into a cell of its own"
+    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+\n?", first), f"{put}:\n{first}"
 
 def test_links_inside_the_site_lead_somewhere(site, pages):
     for name, page in pages.items():
@@ -49,18 +53,22 @@ def test_links_inside_the_site_lead_somewhere(site, pages):
             if parts.scheme: continue
             target = (site / name).parent / unquote(parts.path) if parts.path else site / name
             assert target.exists(), (name, url)
-            if parts.fragment and target.suffix == ".html": assert unquote(parts.fragment) in pages[target.resolve().relative_to(site.resolve()).as_posix()].ids, (name, url)
+            if parts.fragment and target.suffix == ".html":
+                there = pages[target.resolve().relative_to(site.resolve()).as_posix()]
+                assert unquote(parts.fragment) in there.ids, (name, url)
 
 def test_pages_need_no_network(pages):
     for name, page in pages.items(): assert all(urlsplit(part).scheme in ("", "data") for part in page.parts), name
 
+CODE = r"<pre>.*?</pre>|<div class=\"highlight\">.*?</div>|<(code|td)>.*?</\1>"
+
 def test_equations_are_mathml(site, pages):
     equations = 0
-    for name, page in pages.items():
+    for name in pages:
         whole = (site / name).read_text(encoding="utf-8")
         maths = re.findall(r"<math.*?</math>", whole, flags=re.S)
         assert not [m for m in maths if "\\" in m], name
-        assert not re.search(r"\$\$|\\tag|\$\\", re.sub(r"<pre>.*?</pre>|<div class=\"highlight\">.*?</div>|<(code|td)>.*?</\1>", "", whole, flags=re.S)), name
+        assert not re.search(r"\$\$|\\tag|\$\\", re.sub(CODE, "", whole, flags=re.S)), name
         equations += len(maths)
     assert equations > 100
 
@@ -69,20 +77,25 @@ def exported():
     for path in sorted((ROOT / "ultra_nb").glob("[!_]*.py")):
         module = importlib.import_module(f"ultra_nb.{path.stem}")
         for name in module.__all__:
-            if inspect.isfunction(getattr(module, name)) or inspect.isclass(getattr(module, name)): yield path.stem, name, getattr(module, name)
+            thing = getattr(module, name)
+            if inspect.isfunction(thing) or inspect.isclass(thing): yield path.stem, name, thing
 
 def test_every_public_function_shows_its_parameters(site):
     for module, name, thing in exported():
-        section = (site / f"{module}.html").read_text(encoding="utf-8").partition(f'<h3 id="{name.lower()}">')[2].partition("</pre>")[0]
+        page = (site / f"{module}.html").read_text(encoding="utf-8")
+        section = page.partition(f'<h3 id="{name.lower()}">')[2].partition("</pre>")[0]
         shown = re.sub(r"<[^>]*>", "", section)
         assert shown, f"{module}.html says nothing of {name}"
-        if inspect.isfunction(thing): assert all(re.search(rf"\b{p}\b", shown) for p in inspect.signature(thing).parameters), (module, name)
+        if not inspect.isfunction(thing): continue
+        assert all(re.search(rf"\b{p}\b", shown) for p in inspect.signature(thing).parameters), (module, name)
 
 def parameters(function):
     "Each parameter, its annotation and the comment on its line"
     source = inspect.getsource(function)
     lines, spec = source.splitlines(), ast.parse(source).body[0].args
-    for a in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]: yield a.arg, ast.unparse(a.annotation) if a.annotation else "", lines[a.end_lineno - 1].partition(" # ")[2]
+    for a in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]:
+        kind = ast.unparse(a.annotation) if a.annotation else ""
+        yield a.arg, kind, lines[a.end_lineno - 1].partition(" # ")[2]
 
 def test_parameters_have_types_and_tensors_their_shapes():
     missing = []
@@ -90,11 +103,17 @@ def test_parameters_have_types_and_tensors_their_shapes():
         if module == "cli" or not inspect.isfunction(thing): continue # what a command takes stands in its --help
         for parameter, kind, comment in parameters(thing):
             if not kind and not comment: missing.append(f"{module}.{name}: {parameter} has neither type nor comment")
-            if re.fullmatch(r"(Tensor|np\.ndarray)( \| None)?", kind) and not re.search(r"\[.*\]|shape|as in|(of|from) `", comment): missing.append(f"{module}.{name}: {parameter} has no shape")
+            tensor = re.fullmatch(r"(Tensor|np\.ndarray)( \| None)?", kind)
+            shape = re.search(r"\[.*\]|shape|as in|(of|from) `", comment)
+            if tensor and not shape: missing.append(f"{module}.{name}: {parameter} has no shape")
     assert not missing, "\n".join(missing)
 
+BRIGHTNESS = """['color', 'backgroundColor'].map(c =>
+    getComputedStyle(document.body)[c].match(/\\d+/g).slice(0, 3).reduce((sum, v) => sum + +v, 0))"""
+
 def test_pages_in_a_browser(site, pages, browser):
-    "On a desk and on a phone, light and dark: no error in the console, nothing asked of the network, every picture there, no page wider than the screen"
+    """On a desk and on a phone, light and dark: no error in the console, nothing asked of the network, every picture
+    there, no page wider than the screen"""
     page, said = browser.new_page(), []
     page.on("console", lambda m: said.append(m.text))
     page.on("pageerror", lambda e: said.append(str(e)))
@@ -107,13 +126,14 @@ def test_pages_in_a_browser(site, pages, browser):
             page.set_viewport_size(dict(width=width, height=900))
             page.emulate_media(color_scheme=scheme)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
-            ink, paper = page.evaluate("['color', 'backgroundColor'].map(c => getComputedStyle(document.body)[c].match(/\\d+/g).slice(0, 3).reduce((sum, v) => sum + +v, 0))")
+            ink, paper = page.evaluate(BRIGHTNESS)
             assert (ink > paper) == (scheme == "dark") and abs(ink - paper) > 450, (name, scheme)
         assert not said, (name, said)
     page.close()
 
 def test_quarto_can_run_what_it_runs():
-    "nbdev executes cells that import, alone, before Quarto renders: in notebooks that export, such a cell does nothing else"
+    """nbdev executes cells that import, alone, before Quarto renders: in notebooks that export, such a cell does
+    nothing else"""
     for path in NOTEBOOKS:
         cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         sources = ["".join(c["source"]) for c in cells]
@@ -122,20 +142,23 @@ def test_quarto_can_run_what_it_runs():
             if re.search(r"#\| export", source) or "nbdev_export()" in source: continue
             nodes = list(ast.walk(ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M))))
             if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes):
-                assert not any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes), f"{path.name}: give the imports a cell of their own\n{source}"
+                alone = not any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes)
+                assert alone, f"{path.name}: give the imports a cell of their own\n{source}"
 
 def test_hosting_is_configured():
     ini, quarto = INI["DEFAULT"], yaml.safe_load((ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8"))
     assert ini["git_url"] == f"https://github.com/{ini['user']}/{ini['repo']}"
     assert (ini["doc_host"], ini["doc_baseurl"]) == (f"https://{ini['user']}.github.io", f"/{ini['repo']}")
     assert quarto["project"]["type"] == "website" and quarto["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
-    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "docs.yml").read_text(encoding="utf-8"))["jobs"]["docs"]["steps"]
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "docs.yml").read_text(encoding="utf-8"))
+    steps = flow["jobs"]["docs"]["steps"]
     assert [s["with"]["path"] for s in steps if "upload-pages" in s.get("uses", "")] == [ini["doc_path"]]
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
 def test_workflows_are_well_formed(path):
     flow = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert flow["name"] == path.stem and True in flow and flow["permissions"]["contents"] == "read" # YAML reads the key `on` as True
+    assert flow["name"] == path.stem and True in flow # YAML reads the key `on` as True
+    assert flow["permissions"]["contents"] == "read"
     for job in flow["jobs"].values():
         assert job["runs-on"] and all(("uses" in s) != ("run" in s) for s in job["steps"])
         assert all(re.fullmatch(r"[\w.-]+/[\w./-]+@[\w./]+", s["uses"]) for s in job["steps"] if "uses" in s)

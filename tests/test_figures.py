@@ -8,7 +8,7 @@ from ultra_nb.figures import save
 from ultra_nb.reproduction import ENTRIES, POINTS, PROFILES, Missing, Sources, figure3, figure_of, tokens_at
 
 FIGURES = Path(__file__).parent.parent / "figures"
-TOLERANCE = 2 # root mean square over pixels, of 255: drawn twice on one machine it is 0; other processors round otherwise
+TOLERANCE = 2 # root mean square over pixels, of 255: drawn twice on a machine it is 0; other processors round otherwise
 QUICK = [1, 2, 3, 4, 5, 8, 9, 13] # the others take minutes: `make reproduce` draws them
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,10 @@ def test_export_cells_hold_one_idea():
 def defined(path):
     "Names that a module defines at its top"
     for node in ast.parse(path.read_text("utf-8")).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and n.id != "__all__")
         if isinstance(node, ast.FunctionDef | ast.ClassDef): yield node.name
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and n.id != "__all__")
 
 def test_a_name_means_one_thing():
     homes = defaultdict(set)
@@ -36,6 +37,7 @@ def test_a_name_means_one_thing():
 def test_rooms_keep_their_private_names():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("ultra_nb")): continue
+            if not isinstance(node, ast.ImportFrom): continue
+            if not node.level and not (node.module or "").startswith("ultra_nb"): continue
             private = [a.name for a in node.names if re.match(r"_[a-z]", a.name)]
             assert not private, (path.stem, node.module, private)

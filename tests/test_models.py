@@ -1,5 +1,5 @@
 "What the notebook of models cannot hold well: fresh processes, a hub that never answers, damaged files by the hundred."
-import json, os, random, socket, subprocess, sys, time
+import json, os, random, socket, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -11,10 +11,18 @@ ROOT = Path(__file__).parents[1]
 def python(code, **env):
     "What `code` prints as JSON in a fresh process"
     env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    return json.loads(subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+IMPORT = """
+import json, sys, torch
+before = set(sys.modules)
+import ultra_nb.models
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
 
 def test_import_is_light():
-    loaded = python("import json, sys, torch; before = set(sys.modules); import ultra_nb.models; print(json.dumps(sorted(set(sys.modules) - before)))")
+    loaded = python(IMPORT)
     assert not {"timm", "open_clip", "transformers", "torchvision", "huggingface_hub"} & set(loaded)
 
 FAIL = """
@@ -34,7 +42,8 @@ def stalled():
 
 @pytest.mark.parametrize("name", ["dino_vits16", "clip_vitb32", "llama2_7b"])
 def test_a_hub_that_never_answers(name, stalled, tmp_path):
-    seconds, message = python(FAIL % name, HF_ENDPOINT=stalled, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    hub = dict(HF_ENDPOINT=stalled, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="0")
+    seconds, message = python(FAIL % name, **hub, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
     assert seconds < 10 and "\n" not in message and f"load('{name}', weights=F" in message and "--weights F" in message
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -62,7 +71,8 @@ def test_weights_with_code_do_not_run_it(tmp_path):
     assert not (tmp_path/"boom").exists()
 
 def test_the_shipped_vit():
-    "scenes_dino: loads, takes other sizes with positions that lie on the picture, refuses another model's weights in one line; exact maps work on it"
+    """scenes_dino: loads, takes other sizes with positions that lie on the picture, refuses another model's weights in
+    one line; exact maps work on it"""
     from safetensors.torch import load_file
     from ultra_nb.explanation_maps import explain
     from ultra_nb.models import embedded, names
@@ -73,10 +83,13 @@ def test_the_shipped_vit():
     assert all(v.equal(state[k]) for m in (b, wide) for k, v in m.model.state_dict().items())
     assert (wide.grid, same_count.grid) == ((8, 20), (7, 28))
     x = torch.randn(1, 3, *b.size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): assert b.model(x).equal(b.model(x)) and all(m.model(torch.zeros(1, 3, *m.size)).isfinite().all() for m in (wide, same_count))
+    with torch.no_grad():
+        assert b.model(x).equal(b.model(x))
+        assert all(m.model(torch.zeros(1, 3, *m.size)).isfinite().all() for m in (wide, same_count))
     maps, truth = explain(b, x, tokens=[0, 100]), per_token_maps(b.model, x, b.blocks, b.depth + 1, tokens=[0, 100])
     assert maps.shape == (1, 2, 197) and ((maps - truth).abs().max() / truth.max()).item() < 1e-4
-    with pytest.raises(WeightsError, match="scenes_clip.safetensors does not fit scenes_dino: .* the file looks like an open_clip CLIP") as caught:
+    told = "scenes_clip.safetensors does not fit scenes_dino: .* the file looks like an open_clip CLIP"
+    with pytest.raises(WeightsError, match=told) as caught:
         load("scenes_dino", weights=embedded("scenes_clip.safetensors"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nearest good sizes"): load("scenes_dino", image_size=100)

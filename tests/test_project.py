@@ -1,5 +1,5 @@
 "The project as a whole: notebooks, library, README and shipped files agree."
-import ast, configparser, hashlib, io, json, re, shutil, subprocess, sys
+import ast, configparser, hashlib, io, re, shutil, subprocess, sys
 from base64 import b64encode
 from pathlib import Path
 import nbformat, pytest
@@ -55,7 +55,8 @@ def test_notebooks_are_clean(copy):
 
 def test_readme_is_rendered_from_the_index(tmp_path):
     assert run("make", "-s", "readme", f"BIN={BIN}", f"README={tmp_path / 'README.md'}").returncode == 0
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run make readme and commit README.md"
+    readme = (tmp_path / "README.md").read_text()
+    assert readme == (ROOT / "README.md").read_text(), "run make readme and commit README.md"
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_publishable(path):
@@ -63,19 +64,30 @@ def test_notebook_is_publishable(path):
     assert not re.search(r'"output_type": "error"|widget-view|/home/|/root/|/work/|/tmp/|[A-Z]:\\\\', text)
     assert len(text) < 1_500_000, "saved outputs are part of the documentation: keep them small"
 
+LIGHT = """
+import importlib, sys, torch
+for name in {names}: importlib.import_module("ultra_nb." + name)
+heavy = {{"timm", "open_clip", "transformers", "nbdev", "fastcore", "execnb"}} & set(sys.modules)
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+"""
+
 def test_import_cells_are_light():
     "Importing every module brings in no model library, no GPU and no network"
-    modules = sorted(p.stem for p in (ROOT / "ultra_nb").glob("*.py") if not p.stem.startswith("_"))
-    code = f"import sys, importlib, torch\nfor m in {modules}: importlib.import_module('ultra_nb.' + m)\n" \
-           "heavy = {'timm', 'open_clip', 'transformers', 'nbdev', 'fastcore', 'execnb'} & set(sys.modules)\nassert not heavy, heavy\nassert not torch.cuda.is_initialized()"
-    done = run(sys.executable, "-c", code)
+    names = sorted(p.stem for p in (ROOT / "ultra_nb").glob("*.py") if not p.stem.startswith("_"))
+    done = run(sys.executable, "-c", LIGHT.format(names=names))
     assert done.returncode == 0, done.stderr
+
+def imported(path):
+    "Names of the modules that a file imports, dots of relative ones left out"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        if isinstance(node, ast.ImportFrom): yield node.module or ""
 
 def test_run_time_needs_no_development_package():
     for path in (ROOT / "ultra_nb").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {"nbdev", "fastcore", "execnb", "IPython"} & {n.split(".")[0] for n in names}, (path.name, names)
+        found = {"nbdev", "fastcore", "execnb", "IPython"} & {name.split(".")[0] for name in imported(path)}
+        assert not found, (path.name, found)
 
 ALLOWED = dict(preliminaries="", models="data preliminaries", data="", records="", figures="records",
                explanation_maps="preliminaries models", segmentation="explanation_maps",
@@ -88,18 +100,20 @@ ALLOWED = dict(preliminaries="", models="data preliminaries", data="", records="
 def test_modules_import_only_what_the_design_allows():
     for path in (ROOT / "ultra_nb").glob("*.py"):
         if path.stem.startswith("_"): continue
-        used = {n.module.split(".")[-1] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module and (n.level or n.module.startswith("ultra_nb."))}
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        used = {n.module.split(".")[-1] for n in nodes if n.level or n.module.startswith("ultra_nb.")}
         assert ALLOWED[path.stem] == "*" or used <= set(ALLOWED[path.stem].split()), (path.stem, used)
 
 def test_lock_pins_every_requirement_and_names_no_index():
+    name = lambda requirement: re.sub(r"[-_.]+", "-", re.split(r"[<>=]", requirement)[0]).lower()
     lock = (ROOT / "requirements.lock").read_text()
     assert not re.search(r"https?:|file:|--index|--find-links", lock)
     lines = [line for line in lock.splitlines() if not line.startswith("#")]
     assert all(re.match(r"[A-Za-z0-9._-]+==", line) for line in lines)
-    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
     ini = configparser.ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini")
-    wanted = {re.sub(r"[-_.]+", "-", re.split(r"[<>=]", r)[0]).lower() for k, v in ini["DEFAULT"].items() if k.endswith("requirements") for r in v.split()}
+    required = [r for key, value in ini["DEFAULT"].items() if key.endswith("requirements") for r in value.split()]
+    wanted, pinned = {name(r) for r in required}, {name(line) for line in lines}
     assert wanted <= pinned, wanted - pinned
 
 def test_shipped_files_match_their_checksums():

@@ -1,5 +1,6 @@
 "The report as a reader meets it, in a real browser: light and dark, on a desk and on a phone."
 import html, json, re
+from itertools import pairwise
 import pytest
 from ultra_nb.cli import ENTRY_NAMES, main
 from ultra_nb.records import read_json, sealed, unsealed, write_json
@@ -8,14 +9,27 @@ from ultra_nb.reproduction import report_page
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report"
-    assert main(["reproduce", "table8", "table6", "fig1", "fig3", "fig10", "fig13", "--limit", "2", "--out", str(out)]) == 0
+    argv = ["reproduce", "table8", "table6", "fig1", "fig3", "fig10", "fig13", "--limit", "2", "--out", str(out)]
+    assert main(argv) == 0
     return out
 
 CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-  const rgba = text => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = text; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
-  const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-  const behind = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] == 255) return c; } return [255, 255, 255, 255]; };
+  const rgba = text => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = text; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = c => {
+    const [r, g, b] = c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = rgba(getComputedStyle(e).backgroundColor);
+      if (c[3] == 255) return c;
+    }
+    return [255, 255, 255, 255];
+  };
   const found = new Map();
   for (const e of document.querySelectorAll('body *')) {
     if (![...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim())) continue;
@@ -25,6 +39,25 @@ CONTRAST = """() => {
   }
   return Object.fromEntries(found);
 }"""
+IMAGES = """[...document.images].map(i =>
+  [i.complete && i.naturalWidth > 0, i.alt.length, i.getBoundingClientRect().width])"""
+FOCUS = """() => {
+  const e = document.activeElement;
+  return [e.textContent, getComputedStyle(e).outlineStyle, e.getBoundingClientRect().left >= 0];
+}"""
+LANDMARKS = """[document.documentElement.lang,
+  ...['header', 'nav', 'main', 'footer', 'h1'].map(t => document.querySelectorAll(t).length)]"""
+HEARD = { # what a screen reader needs
+  "tables have captions and heads":
+    "[...document.querySelectorAll('table')].every(t => t.caption && t.caption.textContent.trim() && t.tHead)",
+  "heads say what they head":
+    "[...document.querySelectorAll('th')].every(h => ['col', 'row', 'rowgroup'].includes(h.scope))",
+  "regions have names":
+    """[...document.querySelectorAll('[role=region], section, article')]
+         .every(e => document.getElementById(e.getAttribute('aria-labelledby'))?.textContent.trim())""",
+  "links of the navigation lead somewhere":
+    "[...document.querySelectorAll('nav a')].every(a => document.getElementById(a.hash.slice(1)))",
+}
 
 @pytest.mark.parametrize("width", (1200, 390))
 @pytest.mark.parametrize("scheme", ("light", "dark"))
@@ -36,11 +69,12 @@ def test_in_a_browser(report, browser, scheme, width):
     page.goto((report / "index.html").as_uri())
     page.wait_for_load_state("networkidle")
     assert wrong == [] and [url for url in asked if not url.startswith("data:")] == [(report / "index.html").as_uri()]
-    images = page.evaluate("[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt.length, i.getBoundingClientRect().width])")
+    images = page.evaluate(IMAGES)
     assert len(images) == 4 and all(loaded and alt > 40 and shown > 100 for loaded, alt, shown in images)
     contrast = page.evaluate(CONTRAST)
     assert len(contrast) > 10 and min(contrast.values()) >= 4.5, contrast
-    assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (scheme == "light")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
@@ -48,7 +82,7 @@ def test_with_the_keyboard(report, browser):
     page = browser.new_page(viewport=dict(width=390, height=844))
     page.goto((report / "index.html").as_uri())
     page.keyboard.press("Tab")
-    assert page.evaluate("[document.activeElement.textContent, getComputedStyle(document.activeElement).outlineStyle, document.activeElement.getBoundingClientRect().left >= 0]") == ["Skip to the report", "solid", True]
+    assert page.evaluate(FOCUS) == ["Skip to the report", "solid", True]
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
     for _ in range(40):
@@ -63,13 +97,10 @@ def test_with_the_keyboard(report, browser):
 def test_for_a_screen_reader(report, browser):
     page = browser.new_page()
     page.goto((report / "index.html").as_uri())
-    assert page.evaluate("[document.documentElement.lang, ...['header', 'nav', 'main', 'footer', 'h1'].map(t => document.querySelectorAll(t).length)]") == ["en", 1, 1, 1, 1, 1]
-    assert page.evaluate("[...document.querySelectorAll('table')].every(t => t.caption && t.caption.textContent.trim() && t.tHead)")
-    assert page.evaluate("[...document.querySelectorAll('th')].every(h => ['col', 'row', 'rowgroup'].includes(h.scope))")
-    assert page.evaluate("[...document.querySelectorAll('[role=region], section, article')].every(e => document.getElementById(e.getAttribute('aria-labelledby'))?.textContent.trim())")
-    assert page.evaluate("[...document.querySelectorAll('nav a')].every(a => document.getElementById(a.hash.slice(1)))")
+    assert page.evaluate(LANDMARKS) == ["en", 1, 1, 1, 1, 1]
+    for what, holds in HEARD.items(): assert page.evaluate(holds), what
     levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
-    assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:]))
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids)) and set(ENTRY_NAMES) <= set(ids)
     page.close()
@@ -81,7 +112,8 @@ def test_every_entry_has_its_status(report):
         status = re.search(r'class="status [\w-]+">([\w ]+)<', part)[1]
         assert status == ("embedded only" if (report / f"records/{name}.json").exists() else "not run"), name
         assert status == "embedded only" or f"not asked for: ultra-nb reproduce {name}" in part
-        if name.startswith("table"): assert "<table>" in part and "The paper&#39;s" not in part.replace(html.escape("the paper's"), "")
+        if name.startswith("table"):
+            assert "<table>" in part and "The paper&#39;s" not in part.replace(html.escape("the paper's"), "")
 
 def test_what_is_in_records_is_escaped(report, tmp_path):
     (tmp_path / "records").mkdir()

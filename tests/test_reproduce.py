@@ -1,6 +1,6 @@
-"`ultra-nb reproduce`: killed and started again, checked a second time, and the paper profile's own path on what is small."
+"""`ultra-nb reproduce`: killed and started again, checked a second time, and the paper profile's own path on what is
+small."""
 import json, os, signal, subprocess, sys, time
-from pathlib import Path
 import numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -8,7 +8,8 @@ from ultra_nb.cli import ENTRY_NAMES, main
 from ultra_nb.data import scene
 from ultra_nb.reproduction import ENTRIES, PAPER_MODELS, entries, paper_table
 
-def command(out, *what): return [sys.executable, "-m", "ultra_nb.cli", "reproduce", *what, "--limit", "4", "--out", str(out)]
+def command(out, *what):
+    return [sys.executable, "-m", "ultra_nb.cli", "reproduce", *what, "--limit", "4", "--out", str(out)]
 
 ENV = os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
@@ -16,13 +17,17 @@ def start(out, *what): return subprocess.run(command(out, *what), capture_output
 
 def contents(folder):
     "Every file that is the same for the same result: figures, tables, rows and results of runs"
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".png", ".csv", ".jsonl") or p.name in ("result.json", "settings.json")}
+    kept = [p for p in folder.rglob("*")
+            if p.suffix in (".png", ".csv", ".jsonl") or p.name in ("result.json", "settings.json")]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in kept}
 
 def test_killed_and_started_again(tmp_path):
-    "SIGKILL while the second entry has some of its images: the first is not made again, the second goes on, and all is as if nothing had happened"
+    """SIGKILL while the second entry has some of its images: the first is not made again, the second goes on, and all
+    is as if nothing had happened"""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(whole, "fig13", "table3").returncode == 0
-    process = subprocess.Popen(command(broken, "fig13", "table3"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(broken, "fig13", "table3"), **quiet, env=ENV, start_new_session=True)
     lines = lambda: sum(len(p.read_text().splitlines()) for p in broken.glob("runs/perturbed-*/part-0.jsonl"))
     until = time.monotonic() + 240
     while not lines() and time.monotonic() < until: assert process.poll() is None; time.sleep(.05)
@@ -43,27 +48,39 @@ def done(tmp_path_factory):
     assert main(["reproduce", "fig1", "table8", "--limit", "3", "--out", str(out)]) == 0
     return out
 
-def files(out): return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file() and p.name not in (".lock", "reproduction.json", "problems.json")}
+def files(out):
+    kept = [p for p in out.rglob("*") if p.is_file() and p.name not in (".lock", "reproduction.json", "problems.json")]
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in kept}
 
 def test_a_second_start_only_checks(done, capsys):
     before = files(done)
     assert main(["reproduce", "fig1", "table8", "--limit", "3", "--out", str(done)]) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if "complete" in line] == ["fig1    complete", "table8  complete"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "complete" in line]
+    assert said == ["fig1    complete", "table8  complete"]
     assert files(done) == before
 
 def test_what_is_gone_or_other_is_made_again(done, capsys, monkeypatch):
     (done / "tables/table8.csv").unlink()
     assert main(["reproduce", "fig1", "table8", "--limit", "3", "--out", str(done)]) == 0
     said = capsys.readouterr().out
-    assert "fig1    complete" in said and "table8  tables/table8.csv is gone: made again" in said and (done / "tables/table8.csv").exists()
+    assert "fig1    complete" in said and "table8  tables/table8.csv is gone: made again" in said
+    assert (done / "tables/table8.csv").exists()
     monkeypatch.setattr("ultra_nb.reproduction.code_hash", lambda: "other")
     assert main(["reproduce", "fig1", "--limit", "3", "--out", str(done)]) == 0
     assert "fig1    made with other code: made again" in capsys.readouterr().out
 
+HOLD = """import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
 def test_one_process_at_a_time(done, capsys):
-    code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, str(done / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n" and main(["reproduce", "fig1", "--limit", "3", "--out", str(done)]) == 1
+    argv = [sys.executable, "-c", HOLD, str(done / ".lock")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert main(["reproduce", "fig1", "--limit", "3", "--out", str(done)]) == 1
         other.stdin.close()
     assert "another process is writing" in capsys.readouterr().err
 
@@ -75,15 +92,21 @@ def test_every_table_and_figure_has_an_entry():
 def test_an_embedded_row_has_a_record_and_no_difference(done):
     table = pd.read_csv(done / "tables/table8.csv", keep_default_na=False)
     ours = table[table.status == "embedded only"]
-    assert len(ours) == 4 and set(ours.difference) == {""} and set(ours.paper) == {""} and set(table[table.status != "embedded only"].ours) == {""}
+    assert len(ours) == 4 and set(ours.difference) == {""} and set(ours.paper) == {""}
+    assert set(table[table.status != "embedded only"].ours) == {""}
     record = json.loads((done / "records/table8.json").read_text())
-    assert (record["n"], record["seed"], record["protocol"]) == (3, 0, "image-hungarian") and record["settings"]["state"]["code"] and record["settings"]["state"]["models"]["scenes_clip"]
-    for row in ours.itertuples(): assert round(record["metrics"][f"{row.model}, scenes val, layer 7, threshold 0.4: {row.method} {row.metric}"], 1) == float(row.ours)
+    assert (record["n"], record["seed"], record["protocol"]) == (3, 0, "image-hungarian")
+    state = record["settings"]["state"]
+    assert state["code"] and state["models"]["scenes_clip"]
+    for row in ours.itertuples():
+        metric = f"{row.model}, scenes val, layer 7, threshold 0.4: {row.method} {row.metric}"
+        assert round(record["metrics"][metric], 1) == float(row.ours)
 
 def test_the_folder_of_another_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("mine")
     assert main(["reproduce", "fig1", "--out", str(tmp_path)]) == 1
-    assert "holds other files (thesis.tex)" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert "holds other files (thesis.tex)" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory):
@@ -102,24 +125,32 @@ def paper(tmp_path_factory):
 
 def test_the_paper_profile_does_what_it_can(paper, tmp_path, capsys):
     out = tmp_path / "report"
-    code = main(["reproduce", "table2", "table5", "table7", "fig3", "fig13", "fig5", "--profile", "paper", "--limit", "2", "--out", str(out), "--root", f"voc={paper / 'data'}", "--weights", f"dino_vits16={paper / 'dino.safetensors'}"])
+    argv = ["reproduce", "table2", "table5", "table7", "fig3", "fig13", "fig5", "--profile", "paper", "--limit", "2"]
+    given = ["--root", f"voc={paper / 'data'}", "--weights", f"dino_vits16={paper / 'dino.safetensors'}"]
+    code = main([*argv, "--out", str(out), *given])
     said = capsys.readouterr()
     lines = said.out.splitlines()
     missing = [line for line in lines if line.startswith("missing: ")]
     assert code == 1 and lines[:len(missing)] == missing, said.out
-    assert {name for name in (*PAPER_MODELS.values(), "llama2_7b") if any(name in line and "--weights" in line for line in missing)} == {*PAPER_MODELS.values(), "llama2_7b"} - {"dino_vits16"}
-    assert {d for d in ("voc", "coco-stuff", "cityscapes", "potsdam") if any(f"--root {d}=DIR" in line for line in missing)} == {"coco-stuff", "cityscapes", "potsdam"}
-    assert said.err.strip().splitlines()[-1].startswith("ultra-nb: 4 of 6 are not there, or only in part (table2, table5, table7, fig5)")
+    models, sets = {*PAPER_MODELS.values(), "llama2_7b"}, {"voc", "coco-stuff", "cityscapes", "potsdam"}
+    weights = [line for line in missing if "--weights" in line]
+    assert {m for m in models if any(m in line for line in weights)} == models - {"dino_vits16"}
+    assert {d for d in sets if any(f"--root {d}=DIR" in line for line in missing)} == sets - {"voc"}
+    lacking = "4 of 6 are not there, or only in part (table2, table5, table7, fig5)"
+    assert said.err.strip().splitlines()[-1].startswith(f"ultra-nb: {lacking}")
     table = pd.read_csv(out / "tables/table2.csv", keep_default_na=False).query("method == 'ULTra'")
     row = table.query("family == 'dino' and model == 'ViT-S/16' and scalar == 'sum'").iloc[0]
     kept, = (json.loads(p.read_text()) for p in out.glob("runs/segments-dino_vits16-voc-*/result.json"))
     assert float(row.ours) == round(kept["metrics"]["ULTra_S"][row.metric], 1)
     assert (row.status, row.difference) == ("in part: 2 of 1449 images", "")
-    assert table.query("family == 'clip' and model == 'ViT-L/14' and scalar == 'sum'").status.item() == "not run: needs clip_vitl14"
-    assert not (out / "tables/table5.csv").exists() and (out / "figures/figure3.png").exists() and (out / "figures/figure13.png").exists()
+    clip = table.query("family == 'clip' and model == 'ViT-L/14' and scalar == 'sum'")
+    assert clip.status.item() == "not run: needs clip_vitl14"
+    assert not (out / "tables/table5.csv").exists()
+    assert (out / "figures/figure3.png").exists() and (out / "figures/figure13.png").exists()
     page = (out / "index.html").read_text()
     assert "in part: 2 of 1449 images" in page and "Not in it" in page and str(paper) not in page
-    assert main(["reproduce", "fig3", "--profile", "paper", "--limit", "2", "--out", str(out)]) == 0 # remembers where things lie
+    # it remembers where things lie
+    assert main(["reproduce", "fig3", "--profile", "paper", "--limit", "2", "--out", str(out)]) == 0
     assert "fig3    complete" in capsys.readouterr().out
 
 def test_table_3_is_a_part_of_table_6():

@@ -1,9 +1,11 @@
-"Contribution scores on other architectures, a trained model and long contexts, and the summarize command as a stranger would run it."
-import io, os, subprocess, sys
+"""Contribution scores on other architectures, a trained model and long contexts, and the summarize command as a
+stranger would run it."""
+import io, json, os, subprocess, sys
 from pathlib import Path
-import pytest, torch, transformers
+import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+import child
 from ultra_nb.cli import main
 from ultra_nb.data import post, read_posts
 from ultra_nb.models import find_blocks, load
@@ -12,7 +14,6 @@ from ultra_nb.summarization import contribution_scores, join, text_figure, word_
 
 ROOT = Path(__file__).parent.parent
 KIT = Path(os.environ.get("ULTRA_NB_KIT", ROOT.parent / "shared" / "kit"))
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
 TEXT = "Wörter, 🙂 words: my boss\n\nwants wants wants it. 謝謝!"
 
 @pytest.fixture(scope="module")
@@ -24,15 +25,16 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 MODELS = {
-    "Llama, grouped": lambda v: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=v, num_key_value_heads=2)),
-    "Mistral": lambda v: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, vocab_size=v, num_key_value_heads=2)),
-    "Qwen2": lambda v: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, vocab_size=v, num_key_value_heads=2)),
-    "GPT-2": lambda v: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=v, n_positions=256)),
+    "Llama, grouped": lambda v: child.llama(vocab_size=v, num_key_value_heads=2),
+    "Mistral": lambda v: child.causal("Mistral", **child.SIZES, vocab_size=v, num_key_value_heads=2),
+    "Qwen2": lambda v: child.causal("Qwen2", **child.SIZES, vocab_size=v, num_key_value_heads=2),
+    "GPT-2": lambda v: child.causal("GPT2", n_embd=32, n_layer=3, n_head=4, vocab_size=v, n_positions=256),
 }
 
 def reference(net, tokenizer, context, summary, layer):
     joined = join(tokenizer, context, summary)
-    rows = per_token_maps(net, dict(input_ids=torch.tensor([joined.input_ids]), use_cache=False), find_blocks(net), layer, tokens=range(*joined.summary_span))[0]
+    inputs = dict(input_ids=torch.tensor([joined.input_ids]), use_cache=False)
+    rows = per_token_maps(net, inputs, find_blocks(net), layer, tokens=range(*joined.summary_span))[0]
     return rows[:, slice(*joined.context_span)].mean(0)
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -40,28 +42,36 @@ def test_scores_are_the_papers_on(name, tokenizer):
     torch.manual_seed(0)
     net = MODELS[name](len(tokenizer)).eval().double()
     for layer in (2, 4):
-        expected, found = reference(net, tokenizer, TEXT, "boss wants", layer), contribution_scores(net, tokenizer, TEXT, "boss wants", layer)
+        expected = reference(net, tokenizer, TEXT, "boss wants", layer)
+        found = contribution_scores(net, tokenizer, TEXT, "boss wants", layer)
         assert ((found.scores - expected).abs().max() / expected.max()).item() < 1e-8
         assert "".join(w.text for w in word_scores(found)) == "".join(TEXT.split())
     for side in ("left", "right"):
         tokenizer.padding_side = side
         both = contribution_scores(net, tokenizer, [TEXT, "Short."], ["boss wants", "a longer summary than that"])
-        assert torch.allclose(both[0].scores, contribution_scores(net, tokenizer, TEXT, "boss wants").scores, atol=1e-10)
+        alone = contribution_scores(net, tokenizer, TEXT, "boss wants")
+        assert torch.allclose(both[0].scores, alone.scores, atol=1e-10)
+
+STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 
 @pytest.mark.skipif(not KIT.exists(), reason="no folder with real weights")
 def test_trained_llama_and_real_posts():
-    backbone = load(str(KIT / "stories260K"))
-    backbone.model.double()
-    story, summary = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.", "Lily played in the park."
-    expected, found = reference(backbone.model, backbone.tokenizer, story, summary, backbone.depth + 1), contribution_scores(backbone, backbone.tokenizer, story, summary)
+    trained, summary = load(str(KIT / "stories260K")), "Lily played in the park."
+    trained.model.double()
+    expected = reference(trained.model, trained.tokenizer, STORY, summary, trained.depth + 1)
+    found = contribution_scores(trained, trained.tokenizer, STORY, summary)
     assert ((found.scores - expected).abs().max() / expected.max()).item() < 1e-8
-    assert [story[a:b] for a, b in found.offsets if a < b] and {i for a, b in found.offsets for i in range(a, b)} >= {i for i, c in enumerate(story) if c != " "}
+    covered = {i for a, b in found.offsets for i in range(a, b)}
+    assert covered >= {i for i, c in enumerate(STORY) if c != " "}
     two = sorted(read_posts(KIT / "tldr/tldr_samples.csv"), key=lambda p: len(p.context))[:2]
-    for backbone in (backbone, load("tldr_llama")):
-        parts = {f"{p.name}, {backbone.name}": contribution_scores(backbone.model.float(), backbone.tokenizer, p.context, p.summary, mode="diagonal", truncate=True) for p in two}
-        shown = text_figure(parts).axes
-        for ax, (title, found) in zip(shown, parts.items()):
-            assert ax.get_title(loc="left") == title and len(ax.patches) == len(found.context.split()) and found.scores.isfinite().all()
+    for backbone in (trained, load("tldr_llama")):
+        net, parts = backbone.model.float(), {}
+        for p in two:
+            scores = contribution_scores(net, backbone.tokenizer, p.context, p.summary, mode="diagonal", truncate=True)
+            parts[f"{p.name}, {backbone.name}"] = scores
+        for ax, (title, found) in zip(text_figure(parts).axes, parts.items(), strict=True):
+            assert ax.get_title(loc="left") == title and len(ax.patches) == len(found.context.split())
+            assert found.scores.isfinite().all()
 
 LONG = """
 import sys, torch
@@ -86,9 +96,8 @@ def test_two_thousand_tokens_take_the_memory_that_is_stated():
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     "A language model as transformers saves it"
-    torch.manual_seed(0)
     at = tmp_path_factory.mktemp("language") / "model"
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=1024)).save_pretrained(at)
+    child.llama(vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(at)
     tokenizer.save_pretrained(at)
     (at / "post.txt").write_text(post(0).context)
     return at
@@ -102,7 +111,8 @@ def test_summarize_writes_a_page(folder, tmp_path, capsys, monkeypatch):
     assert "&lt;b&gt;bold" in page.read_text() and page.read_text().count("<mark") == len(post(0).context.split())
     assert main(argv) == 1 and "exists already" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.StringIO("From standard input."))
-    assert main(["summarize", "-", "--model", str(folder), "--summary", "s", "--mode", "diagonal", "--layer", "3", "--html", str(page), "--force"]) == 0
+    argv = ["summarize", "-", "--model", str(folder), "--summary", "s", "--mode", "diagonal", "--layer", "3"]
+    assert main([*argv, "--html", str(page), "--force"]) == 0
 
 @pytest.mark.parametrize("said, argv", {
     "the context is empty": ["EMPTY", "--summary", "s"],
@@ -117,34 +127,43 @@ def test_summarize_says_what_is_wrong(said, argv, folder, tmp_path, capsys):
     files = dict(EMPTY=b" \n", BYTES=b"\xff\xfe\x00", FILE=b"words", LONG=b"word " * 400)
     for name, content in files.items(): (tmp_path / name).write_bytes(content)
     argv = ["summarize", str(tmp_path / argv[0]), *argv[1:]]
-    for option, value in (("--model", folder), ("--html", tmp_path / "page.html")): argv += [] if option in argv else [option, str(value)]
+    for option, value in (("--model", folder), ("--html", tmp_path / "page.html")):
+        if option not in argv: argv += [option, str(value)]
     assert main(argv) == 1
     out, err = capsys.readouterr()
     assert said in err.strip().splitlines()[-1] and "Traceback" not in err and not (tmp_path / "page.html").exists()
 
 def test_truncate_keeps_the_summary(folder, tmp_path, capsys):
-    (tmp_path / "long.txt").write_text("word " * 400)
-    assert main(["summarize", str(tmp_path / "long.txt"), "--model", str(folder), "--summary", "whole summary", "--truncate", "--html", str(tmp_path / "page.html")]) == 0
-    assert "whole summary" in (tmp_path / "page.html").read_text()
+    text, page = tmp_path / "long.txt", tmp_path / "page.html"
+    text.write_text("word " * 400)
+    argv = ["summarize", str(text), "--model", str(folder), "--summary", "whole summary", "--truncate"]
+    assert main([*argv, "--html", str(page)]) == 0
+    assert "whole summary" in page.read_text()
 
 def test_train_from_a_settings_file(folder, tmp_path, capsys):
-    import json
     from ultra_nb.data import asset
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("\n".join(json.dumps(dict(prompt=f"Is {i} a number?", chosen=" It is.", rejected=" No.")) for i in range(8)))
-    for stage in ("sft", "dpo"):
+    rows = [dict(prompt=f"Is {i} a number?", chosen=" It is.", rejected=" No.") for i in range(8)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    quick = dict(max_steps=1, use_cpu=True, bf16=False, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+                 disable_tqdm=True)
+    for stage, weights in (("sft", "model.safetensors"), ("dpo", "adapter_model.safetensors")):
+        file, out = tmp_path / f"{stage}.json", tmp_path / stage
         settings = json.loads(asset(f"{stage}_llama2_7b.json").read_text())
-        settings["arguments"] |= dict(max_steps=1, use_cpu=True, bf16=False, per_device_train_batch_size=2, gradient_accumulation_steps=1, disable_tqdm=True)
-        (tmp_path / f"{stage}.json").write_text(json.dumps(settings))
-        argv = ["train", str(tmp_path / f"{stage}.json"), "--model", str(folder), "--data", str(pairs), "--out", str(tmp_path / stage)]
+        settings["arguments"] |= quick
+        file.write_text(json.dumps(settings))
+        argv = ["train", str(file), "--model", str(folder), "--data", str(pairs), "--out", str(out)]
         assert main(argv) == 0
-        assert (tmp_path / stage / ("adapter_model.safetensors" if stage == "dpo" else "model.safetensors")).exists()
-    assert main([*argv[:-3], "other.jsonl", *argv[-2:]]) == 1 and "other settings" in capsys.readouterr().err.splitlines()[-1]
+        assert (out / weights).exists()
+    last = lambda: capsys.readouterr().err.splitlines()[-1]
+    assert main([*argv[:-3], "other.jsonl", *argv[-2:]]) == 1 and "other settings" in last()
     assert main(["train", "nothing", "--out", str(tmp_path / "new")]) == 1 and not (tmp_path / "new").exists()
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}')
-    assert main([*argv[:-1], str(tmp_path / "same")]) == 1 and "line 1: chosen and rejected are the same" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*argv[:-1], str(tmp_path / "same")]) == 1
+    assert "line 1: chosen and rejected are the same" in last()
 
 def test_configurations_of_accelerate_are_read():
     from accelerate.commands.config.config_args import load_config_from_file
     from ultra_nb.data import asset
-    for name in ("cpu", "gpu", "fsdp"): assert load_config_from_file(str(asset(f"accelerate_{name}.yaml"))).num_processes == (4 if name == "fsdp" else 1)
+    for name, processes in dict(cpu=1, gpu=1, fsdp=4).items():
+        assert load_config_from_file(str(asset(f"accelerate_{name}.yaml"))).num_processes == processes

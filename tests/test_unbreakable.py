@@ -1,9 +1,12 @@
-"Every way that was found to lose work, get a wrong number, or wait without a word: one test for each, by the numbers of the list."
-import ast, base64, builtins, contextlib, hashlib, json, os, re, resource, shutil, signal, socket, subprocess, sys, threading, time
+"""Every way that was found to lose work, get a wrong number, or wait without a word: one test for each, by the numbers
+of the list."""
+import ast, base64, builtins, contextlib, hashlib, itertools, json, os, re, resource, shutil, signal, socket, subprocess
+import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 import numpy as np
-import pytest, timm, torch, transformers
+import pytest, torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
@@ -11,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from scipy.io import savemat
 import child
 import ultra_nb.preliminaries as preliminaries
-from ultra_nb.data import label_table, open_data, scenes
+from ultra_nb.data import open_data, scenes
 from ultra_nb.explanation_maps import explain, minmax, upsample
 from ultra_nb.interpretability_metrics import itiou_test, patch_classes, patch_maps, ultra_rows
 from ultra_nb.models import embedded, load
@@ -35,22 +38,18 @@ def refused(argv, folder, *words, new=(), **options):
     "Exit code 1, one line with these words in it, and no file that was not there (but `new`)"
     before = names(folder)
     done = ultra(argv, folder, **options)
-    assert done.code == 1 and len(done.said) == 1 and done.said[0].startswith("ultra-nb: ") and len(done.err) < 1000, (done.code, done.out, done.err)
+    assert done.code == 1 and len(done.said) == 1, (done.code, done.out, done.err)
+    assert done.said[0].startswith("ultra-nb: ") and len(done.err) < 1000, done.err
     assert all(word in done.said[0] for word in words) and not CONTROL.search(done.out + done.err), done.said
     assert not re.match(r"ultra-nb: \w+Error", done.said[0]), done.said
     assert set(names(folder)) - {*before, *new} == set(), names(folder)
 
-# --- 1. Code that is not ours ------------------------------------------------------------------------------------------
+# --- 1. Code that is not ours -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     "A tiny causal language model with its tokenizer, as transformers saves them"
-    folder = tmp_path_factory.mktemp("llama") / "model"
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=5000, max_position_embeddings=512)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder)
-    special = dict(bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    transformers.PreTrainedTokenizerFast(tokenizer_file=str(embedded("tldr_tokenizer.json")), **special).save_pretrained(folder)
-    return folder
+    return child.language_model(tmp_path_factory.mktemp("llama") / "model")
 
 def changed(path, **fields):
     "Some fields of a JSON file"
@@ -59,9 +58,11 @@ def changed(path, **fields):
 def training(folder, llama):
     "A copy of the model, pairs, and settings of a training"
     shutil.copytree(llama, folder / "model")
-    (folder / "pairs.jsonl").write_text(json.dumps(dict(prompt=f"{TEXT}\n\nTL;DR:", chosen=" Sell it.", rejected=" Go.")) + "\n")
+    pair = dict(prompt=f"{TEXT}\n\nTL;DR:", chosen=" Sell it.", rejected=" Go.")
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     arguments = dict(max_steps=1, use_cpu=True, bf16=False, max_length=64)
-    (folder / "settings.json").write_text(json.dumps(dict(stage="sft", model="model", data="pairs.jsonl", arguments=arguments)))
+    settings = dict(stage="sft", model="model", data="pairs.jsonl", arguments=arguments)
+    (folder / "settings.json").write_text(json.dumps(settings))
 
 MAPS = {"config.json": dict(model_type="own", auto_map=dict(AutoConfig="own.Own", AutoModelForCausalLM="own.Own")),
         "tokenizer_config.json": dict(tokenizer_class="Own", auto_map=dict(AutoTokenizer=["own.Own", None]))}
@@ -74,7 +75,8 @@ def test_1_code_in_a_model_folder_never_runs(file, llama, tmp_path, monkeypatch)
     (tmp_path / "model/own.py").write_text("open('ran', 'w')\nclass Own: pass\n")
     changed(tmp_path / "model" / file, **MAPS[file])
     done = ultra("train settings.json --out out", tmp_path, stdin=b"y\n" * 9)
-    assert not (tmp_path / "ran").exists() and "[y/N]" not in done.out + done.err and done.code == 1 and len(done.said) == 1, done
+    assert not (tmp_path / "ran").exists() and "[y/N]" not in done.out + done.err, done
+    assert done.code == 1 and len(done.said) == 1, done
 
 def test_1_every_loading_by_transformers_forbids_code():
     calls = {f"{path.name}:{node.lineno}": {k.arg: getattr(k.value, "value", None) for k in node.keywords}
@@ -84,7 +86,9 @@ def test_1_every_loading_by_transformers_forbids_code():
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n"
 
-@pytest.mark.parametrize("argv, place", [("segment picture.jpg --layer 2", "picture.jpg"), ("data folder --root own", "own/images/0.png"), ("data folder --root own", "own/masks/0.png")])
+@pytest.mark.parametrize("argv, place", [("segment picture.jpg --layer 2", "picture.jpg"),
+                                         ("data folder --root own", "own/images/0.png"),
+                                         ("data folder --root own", "own/masks/0.png")])
 def test_1_a_picture_runs_no_other_program(argv, place, tmp_path):
     "EPS under another ending goes to ghostscript, where Pillow may choose"
     child.pictures(tmp_path / "own"), (tmp_path / "bin").mkdir()
@@ -97,7 +101,8 @@ def test_1_a_picture_runs_no_other_program(argv, place, tmp_path):
 def test_1_a_shard_index_names_no_file_outside_its_folder(place, llama, tmp_path):
     shutil.copytree(llama, tmp_path / "model")
     (tmp_path / "model/model.safetensors").rename(tmp_path / "outside.safetensors")
-    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(dict(weight_map=dict(a=place.format(tmp_path)))))
+    index = dict(weight_map=dict(a=place.format(tmp_path)))
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "text").write_text(TEXT)
     refused(["summarize", "text", "--model", "model", "--summary", "Sell"], tmp_path, "outside")
 
@@ -117,36 +122,49 @@ def test_1_a_record_names_no_file_outside_its_folder(figure3, tmp_path):
     record["settings"]["files"]["../mine.png"] = dict(sha256=hashlib.sha256(mine).hexdigest(), text="mine")
     (tmp_path / "report/records/fig3.json").write_text(json.dumps(record))
     done = ultra("reproduce fig3 --out report", tmp_path)
-    assert base64.b64encode(mine).decode() not in (tmp_path / "report/index.html").read_text() and len(done.said) <= 2, done
+    page = (tmp_path / "report/index.html").read_text()
+    assert base64.b64encode(mine).decode() not in page and len(done.said) <= 2, done
 
 RED = "\x1b[31mred\x07\x9b"
 SPEAKING = {
-    "a picture": ["segment", RED], "a data set": ["data", RED], "a root": ["data", "folder", "--root", RED], "too many arguments": ["data", "folder", RED],
-    "a number": ["evaluate", "scenes", "--limit", RED], "a command": [RED], "an option": ["data", f"--{RED}"], "a device": ["segment", "--device", RED],
-    "weights": ["segment", "--weights", RED], "a model": ["segment", "--model", RED], "a file made": ["segment", "--layer", "2", "--clusters", "2", "--out", f"{RED}.png"],
-    "a summary": ["summarize", "text", "--summary", f"the {RED} house"], "a folder's name": ["data", "folder", "--root", f"own{RED}"],
-    "a bad picture": ["evaluate", "folder", "--root", f"own{RED}", "--scalar", "sum", "--layer", "2"], "a figure": ["reproduce", RED], "a pair": ["reproduce", "--root", f"{RED}=x"],
+    "a picture": ["segment", RED],
+    "a data set": ["data", RED],
+    "a root": ["data", "folder", "--root", RED],
+    "too many arguments": ["data", "folder", RED],
+    "a number": ["evaluate", "scenes", "--limit", RED],
+    "a command": [RED],
+    "an option": ["data", f"--{RED}"],
+    "a device": ["segment", "--device", RED],
+    "weights": ["segment", "--weights", RED],
+    "a model": ["segment", "--model", RED],
+    "a file made": ["segment", "--layer", "2", "--clusters", "2", "--out", f"{RED}.png"],
+    "a summary": ["summarize", "text", "--summary", f"the {RED} house"],
+    "a folder's name": ["data", "folder", "--root", f"own{RED}"],
+    "a bad picture": ["evaluate", "folder", "--root", f"own{RED}", "--scalar", "sum", "--layer", "2"],
+    "a figure": ["reproduce", RED],
+    "a pair": ["reproduce", "--root", f"{RED}=x"],
 }
 
 @pytest.mark.parametrize("what", SPEAKING)
 def test_1_control_characters_reach_no_terminal(what, tmp_path):
     (tmp_path / "text").write_text(f"My {RED} brother wants to sell the {RED}house.")
-    child.pictures(tmp_path / f"own{RED}"), (tmp_path / f"own{RED}/images/0.png").rename(tmp_path / f"own{RED}/images/{RED}.png")
-    (tmp_path / f"own{RED}/masks/0.png").rename(tmp_path / f"own{RED}/masks/{RED}.png")
-    if what == "a bad picture": (tmp_path / f"own{RED}/images/{RED}.png").write_bytes(b"none")
+    own = child.pictures(tmp_path / f"own{RED}")
+    for part in ("images", "masks"): (own / part / "0.png").rename(own / part / f"{RED}.png")
+    if what == "a bad picture": (own / f"images/{RED}.png").write_bytes(b"none")
     done = ultra(SPEAKING[what], tmp_path)
     assert not CONTROL.search(done.out + done.err) and "red" in done.out + done.err, done
 
-# --- 2. Ordinary use ---------------------------------------------------------------------------------------------------
+# --- 2. Ordinary use --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("classes", [(), ("ball", "aeroplane")])
 def test_2_class_names_that_a_tokenizer_does_not_know_cost_one_row(classes, tmp_path):
     child.pictures(tmp_path / "own", classes=classes)
     done = ultra("evaluate folder --root own --layer 2", tmp_path)
     assert done.code == 0 and "ULTra_S" in done.out and "LeGrad" in done.out and "class maps" not in done.out, done
-    assert len(done.said) == 1 and "class maps" in done.said[0] and ("aeroplane" if classes else "class 0") in done.said[0], done.said
+    named = "aeroplane" if classes else "class 0"
+    assert len(done.said) == 1 and "class maps" in done.said[0] and named in done.said[0], done.said
 
-# --- 3. Memory -----------------------------------------------------------------------------------------------------------
+# --- 3. Memory --------------------------------------------------------------------------------------------------------
 
 PEAK = """
 import sys
@@ -172,19 +190,23 @@ def test_3_a_photograph_of_twelve_megapixels_fits_into_two_gigabytes(command, tm
     code, peak = done.stdout.splitlines()[-1].split()
     assert code == "0" and int(peak) < 2e9, (peak, done.stderr)
 
+def iou(a, b): return 100 * (a & b).sum() / max((a | b).sum(), 1)
+
 def test_3_itiou_has_the_numbers_of_whole_maps(tmp_path):
     "Eq. 17 written out: every map upsampled, thresholded, against the pixels of its class"
     backbone, data = load("scenes_clip"), open_data("folder", child.pictures(tmp_path, 2, (0, 1, 255), size=(45, 70)))
     found, values = itiou_test(backbone, data, layer=3, taus=[.1, .5]).metrics["ULTra_S diagonal"], []
     for sample in data:
-        maps = upsample(minmax(patch_maps(ultra_rows(mode="diagonal"), backbone, backbone.inputs(sample.image), 3, backbone.patches)), backbone.grid, sample.mask.shape).numpy()
-        owner, counted = patch_classes(sample.mask, backbone.grid), sample.mask != 255
-        iou = lambda a, b: 100 * (a & b)[counted].sum() / max((a | b)[counted].sum(), 1)
-        classes = [np.mean([[iou(m >= tau, sample.mask == c) for tau in (.1, .5)] for m in maps[owner == c]], 0) for c in (0, 1) if (owner == c).any()]
+        scores = patch_maps(ultra_rows(mode="diagonal"), backbone, backbone.inputs(sample.image), 3, backbone.patches)
+        maps = upsample(minmax(scores), backbone.grid, sample.mask.shape).numpy()
+        owner, counted, classes = patch_classes(sample.mask, backbone.grid), sample.mask != 255, []
+        for c in (0, 1):
+            own = [[iou(m[counted] >= tau, sample.mask[counted] == c) for tau in (.1, .5)] for m in maps[owner == c]]
+            if own: classes.append(np.mean(own, 0))
         values.append(np.mean(classes, 0))
     assert [found["ITIoU 0.1"], found["ITIoU 0.5"]] == pytest.approx(np.mean(values, 0).tolist(), rel=1e-4)
 
-# --- 4. Long texts -------------------------------------------------------------------------------------------------------
+# --- 4. Long texts ----------------------------------------------------------------------------------------------------
 
 def test_4_truncate_works_without_a_summary(tmp_path, monkeypatch):
     backbone = load("tldr_llama")
@@ -197,18 +219,17 @@ def test_4_truncate_works_without_a_summary(tmp_path, monkeypatch):
 def test_4_words_of_a_long_text_are_scored_at_once():
     "63,000 words took 110 seconds"
     n = 10_000
-    found = Scores([0] * n, (0, n), (n, n + 1), [(5 * i, 5 * i + 4) for i in range(n)], " ".join(["word"] * n), "word", torch.arange(n) / 1., ["word"] * n)
+    words, offsets = ["word"] * n, [(5 * i, 5 * i + 4) for i in range(n)]
+    found = Scores([0] * n, (0, n), (n, n + 1), offsets, " ".join(words), "word", torch.arange(n) / 1., words)
     start = time.perf_counter()
-    words = word_scores(found)
-    assert time.perf_counter() - start < 1 and [w.score for w in words] == list(range(n))
+    scored = word_scores(found)
+    assert time.perf_counter() - start < 1 and [w.score for w in scored] == list(range(n))
 
-# --- 5. Models that are not as they seem -----------------------------------------------------------------------------------
+# --- 5. Models that are not as they seem ------------------------------------------------------------------------------
 
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
-def vit(**options):
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, **dict(num_classes=3) | options).eval()
+def vit(**options): return child.vit(depth=2, **options)
 
 @pytest.mark.parametrize("function", [lambda m: explain(m, IMAGE), lambda m: class_map(m, IMAGE, 1)])
 def test_5_without_gradients_around_it_a_map_is_the_same(function):
@@ -240,12 +261,18 @@ def test_5_a_compiled_model_has_the_maps_of_the_model_or_is_refused(change, func
     except ValueError as error: assert "compile" in str(error) and "\n" not in str(error)
     else: assert torch.allclose(found, whole, atol=1e-6)
 
-# --- 6. Wrong without a word ---------------------------------------------------------------------------------------------
+# --- 6. Wrong without a word ------------------------------------------------------------------------------------------
 
 ONES = torch.ones(197, 128)
-BAD_W = {"NaN": ONES.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(torch.nan)), "infinite": ONES.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(torch.inf)),
-         "absurd": ONES * 1e38, "whole numbers": ONES.long(), "complex": ONES.cfloat()}
-USES_W = {"explain": "explain --token 5 --mode diagonal --out figure.png", "segment": "segment --clusters 2", "evaluate": "evaluate scenes --limit 2 --out out", "perturb": "perturb scenes --limit 2 --tokens 1 --out out", "itiou": "itiou scenes --limit 2 --out out"}
+def with_one(value): return ONES.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value))
+
+BAD_W = {"NaN": with_one(torch.nan), "infinite": with_one(torch.inf), "absurd": ONES * 1e38,
+         "whole numbers": ONES.long(), "complex": ONES.cfloat()}
+USES_W = {"explain": "explain --token 5 --mode diagonal --out figure.png",
+          "segment": "segment --clusters 2",
+          "evaluate": "evaluate scenes --limit 2 --out out",
+          "perturb": "perturb scenes --limit 2 --tokens 1 --out out",
+          "itiou": "itiou scenes --limit 2 --out out"}
 
 @pytest.mark.parametrize("what", BAD_W)
 @pytest.mark.parametrize("command", USES_W)
@@ -266,12 +293,24 @@ def test_6_grey_of_sixteen_bits_is_not_white(mode):
     eight = backbone.inputs(Image.fromarray((grey // 257).astype(np.uint8)))
     assert image.mode == mode and torch.allclose(backbone.inputs(image), eight, atol=.05)
 
-@pytest.mark.parametrize("argv", [["explain", ""], ["segment", ""], ["bench", "maps", ""], ["summarize", "text", "--summary", ""], ["summarize", "text", "--summary", " "], ["summarize", ""], ["segment", "--weights", ""], ["segment", "--model", ""], ["explain", "--scalar", ""],
-                                  ["explain", "--out", ""], ["segment", "--out", ""], ["segment", "--overlay", "", "--out", "m.png"], ["evaluate", "scenes", "--out", ""], ["perturb", "scenes", "--out", ""], ["itiou", "scenes", "--out", ""], ["summarize", "text", "--html", ""],
-                                  ["fit-w", "scenes", "--out", ""], ["reproduce", "fig3", "--out", ""], ["evaluate", "folder", "--root", ""], ["train", ""], ["train", "settings.json", "--out", ""], ["bench", "maps", "--out", ""], ["evaluate", "folder", "--root", "own", "--mask-folder", ""], ["evaluate", "scenes", "--split", ""], ["train", "settings.json", "--model", "", "--out", "o"]], ids=" ".join)
+EMPTY = [
+    ["explain", ""], ["segment", ""], ["bench", "maps", ""], ["summarize", ""], ["train", ""],
+    ["summarize", "text", "--summary", ""], ["summarize", "text", "--summary", " "],
+    ["summarize", "text", "--html", ""], ["segment", "--weights", ""], ["segment", "--model", ""],
+    ["segment", "--out", ""], ["segment", "--overlay", "", "--out", "m.png"], ["explain", "--scalar", ""],
+    ["explain", "--out", ""],
+    ["evaluate", "scenes", "--out", ""], ["evaluate", "scenes", "--split", ""], ["evaluate", "folder", "--root", ""],
+    ["evaluate", "folder", "--root", "own", "--mask-folder", ""], ["perturb", "scenes", "--out", ""],
+    ["itiou", "scenes", "--out", ""], ["fit-w", "scenes", "--out", ""], ["reproduce", "fig3", "--out", ""],
+    ["bench", "maps", "--out", ""], ["train", "settings.json", "--out", ""],
+    ["train", "settings.json", "--model", "", "--out", "o"],
+]
+
+@pytest.mark.parametrize("argv", EMPTY, ids=" ".join)
 def test_6_an_empty_argument_is_no_default(argv, tmp_path):
     "As an unset variable of a shell gives one"
-    (tmp_path / "text").write_text(TEXT), (tmp_path / "settings.json").write_text('{"stage": "sft", "model": "m", "data": "d"}')
+    (tmp_path / "text").write_text(TEXT)
+    (tmp_path / "settings.json").write_text('{"stage": "sft", "model": "m", "data": "d"}')
     child.pictures(tmp_path / "own")
     before = names(tmp_path)
     done = ultra(argv, tmp_path, seconds=8)
@@ -281,7 +320,9 @@ def test_6_an_empty_argument_is_no_default(argv, tmp_path):
 def test_6_mask_and_overlay_are_two_files(overlay, tmp_path):
     (folder := tmp_path / "here").mkdir()
     if overlay == "link.png": (folder / "link.png").symlink_to("mask.png")
-    if overlay == "hard.png": (folder / "mask.png").write_bytes(b"mine"), os.link(folder / "mask.png", folder / "hard.png")
+    if overlay == "hard.png":
+        (folder / "mask.png").write_bytes(b"mine")
+        os.link(folder / "mask.png", folder / "hard.png")
     refused(f"segment --layer 2 --clusters 2 --force --out mask.png --overlay {overlay}", folder, "--overlay")
 
 OUT_OF_RANGE = {
@@ -318,7 +359,8 @@ def test_6_pictures_replaced_under_their_names_are_noticed(part, finished):
 
 def test_6_rows_outside_the_list_are_refused(finished):
     row = json.loads((finished / "out/rows.jsonl").read_text().splitlines()[0])
-    with open(finished / "out/rows.jsonl", "a") as f: f.write("".join(json.dumps(row | dict(i=i)) + "\n" for i in (-1, 2)))
+    with open(finished / "out/rows.jsonl", "a") as f:
+        for i in (-1, 2): f.write(json.dumps(row | dict(i=i)) + "\n")
     refused(SMALL, finished, "rows.jsonl")
 
 FIT = "fit-w scenes --images 8 --layer 2 --k 2 --passes 1 --out W.safetensors"
@@ -333,11 +375,17 @@ def half_fitted(tmp_path_factory):
 
 def history(n): return dict(history=json.dumps({"loss": [1.] * n, "angle": [1.] * n, "held out": [1.] * 9}))
 
-CHECKPOINTS = {
-    "theta of another shape": lambda t, m: (t.update(theta=t["theta"][:1].clone()), m), "moments of another shape": lambda t, m: (t.update(exp_avg=t["exp_avg"][:3].clone()), m),
-    "NaN": lambda t, m: (t["theta"].fill_(torch.nan), m), "NaN in the best": lambda t, m: (t["best"].fill_(torch.nan), m), "NaN in a moment": lambda t, m: (t["exp_avg_sq"].fill_(torch.nan), m),
-    "too long a history": lambda t, m: (None, history(50)), "no history": lambda t, m: (None, {}), "a history of text": lambda t, m: (None, dict(history="{")),
-    "no theta": lambda t, m: (t.pop("theta"), m), "complex": lambda t, m: (t.update(theta=t["theta"].cfloat()), m),
+CHECKPOINTS = { # what changes tensors and meta data
+    "theta of another shape": lambda t, m: t.update(theta=t["theta"][:1].clone()),
+    "moments of another shape": lambda t, m: t.update(exp_avg=t["exp_avg"][:3].clone()),
+    "NaN": lambda t, m: t["theta"].fill_(torch.nan),
+    "NaN in the best": lambda t, m: t["best"].fill_(torch.nan),
+    "NaN in a moment": lambda t, m: t["exp_avg_sq"].fill_(torch.nan),
+    "too long a history": lambda t, m: m.clear() or m.update(history(50)),
+    "no history": lambda t, m: m.clear(),
+    "a history of text": lambda t, m: m.clear() or m.update(history="{"),
+    "no theta": lambda t, m: t.pop("theta"),
+    "complex": lambda t, m: t.update(theta=t["theta"].cfloat()),
 }
 
 @pytest.mark.parametrize("what", CHECKPOINTS)
@@ -346,7 +394,7 @@ def test_6_a_checkpoint_that_does_not_fit_is_refused(what, half_fitted, tmp_path
     path = tmp_path / "here/W.safetensors.run/checkpoint.safetensors"
     with safe_open(path, "pt") as f: meta = f.metadata()
     tensors = load_file(path)
-    meta = CHECKPOINTS[what](tensors, meta)[1]
+    CHECKPOINTS[what](tensors, meta)
     save_file({k: v.clone() for k, v in tensors.items()}, path, meta)
     refused(FIT, tmp_path / "here", "checkpoint.safetensors")
 
@@ -368,7 +416,8 @@ def test_6_a_rank_without_a_world_is_one_process(tmp_path):
 def test_6_masks_that_ignore_every_pixel_measure_nothing(command, tmp_path):
     child.pictures(tmp_path / "own", values=(255,))
     done = ultra(f"{command} folder --root own --layer 2 --scalar sum --out out", tmp_path)
-    assert done.code == 1 and 1 <= len(done.said) <= 2 and "nan" not in done.out and not (tmp_path / "out/result.json").exists(), done
+    assert done.code == 1 and 1 <= len(done.said) <= 2 and "nan" not in done.out, done
+    assert not (tmp_path / "out/result.json").exists()
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
@@ -378,12 +427,13 @@ def test_6_weights_that_are_whole_or_complex_numbers_are_refused(dtype, ending, 
     (save_file if ending == ".safetensors" else torch.save)(state, tmp_path / f"weights{ending}")
     refused(f"segment --layer 2 --clusters 2 --weights weights{ending}", tmp_path, "visual.conv1.weight")
 
-# --- 7. Interrupts -------------------------------------------------------------------------------------------------------
+# --- 7. Interrupts ----------------------------------------------------------------------------------------------------
 
 QUERY = torch.rand(1, 1, 3, 2)
 
 def interrupted(work, n):
-    "Runs `work` and raises KeyboardInterrupt at the n-th instruction in the files of taps and contexts; False where it has fewer"
+    """Runs `work` and raises KeyboardInterrupt at the n-th instruction in the files of taps and contexts; False where
+    it has fewer"""
     left = n
     def trace(frame, event, arg):
         nonlocal left
@@ -434,7 +484,9 @@ def imports_interrupted(n):
         return real(*args, **kwargs)
     builtins.__import__ = counted
 
-COMMANDS = ["segment --layer 2 --clusters 2", "explain --layer 2 --token 3", "evaluate scenes --limit 2 --layer 2", "fit-w scenes --images 8", "summarize text", "train settings.json --out out", "reproduce fig3", "doctor", "data"]
+COMMANDS = ["segment --layer 2 --clusters 2", "explain --layer 2 --token 3", "evaluate scenes --limit 2 --layer 2",
+            "fit-w scenes --images 8", "summarize text", "train settings.json --out out", "reproduce fig3", "doctor",
+            "data"]
 
 def test_7_an_interrupt_that_an_import_makes_another_error_of(tmp_path):
     "torch's modules that are not there yet answered with RecursionError, the interrupt forgotten"
@@ -452,50 +504,53 @@ def test_7_an_interrupt_that_an_import_makes_another_error_of(tmp_path):
 def test_7_an_interrupted_import_has_exit_code_130(argv, tmp_path):
     (tmp_path / "text").write_text(TEXT), (tmp_path / "settings.json").write_text("{}")
     for n in (1, 2, 3, 5, 8, 13):
-        done = ultra(argv, tmp_path, before=lambda: imports_interrupted(n))
+        done = ultra(argv, tmp_path, before=partial(imports_interrupted, n))
         if done.code == 0: break # it has fewer
         assert done.code == 130 and len(done.said) <= 1, (n, done)
 
 @pytest.mark.parametrize("seconds", [.8, 1.5, 3])
 def test_7_a_real_interrupt_while_it_starts(seconds, tmp_path):
-    heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler) # a job in the background ignores interrupts
-    going = subprocess.Popen([sys.executable, "-m", "ultra_nb.cli", "evaluate", "scenes", "--device", "cpu"], cwd=tmp_path,
-                             stderr=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)),
-                             preexec_fn=heeds)
+    # a job in the background ignores interrupts
+    heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    argv = [sys.executable, "-m", "ultra_nb.cli", "evaluate", "scenes", "--device", "cpu"]
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    going = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heeds)
     time.sleep(seconds)
     going.send_signal(signal.SIGINT)
     err = going.communicate()[1]
     assert going.returncode == 130 and len(err.splitlines()) <= 2 and "Traceback" not in err, err
 
-# --- 8. Devices, the hub, long errors, places to write to -----------------------------------------------------------------
+# --- 8. Devices, the hub, long errors, places to write to -------------------------------------------------------------
 
 @pytest.mark.parametrize("device", ["hpu", "privateuseone", "meta", "cuda:-1", "", "nothing", "mkldnn"])
 def test_8_an_unknown_device_is_one_line(device, tmp_path):
     done = ultra(["segment", "--layer", "2", "--clusters", "2", "--device", device], tmp_path)
-    assert done.code == 2 and len(done.said) == 1 and ("no device" in done.said[0] or not device and "--device is empty" in done.said[0]) and len(done.said[0]) < 200, done
+    assert done.code == 2 and len(done.said) == 1 and len(done.said[0]) < 200, done
+    assert "no device" in done.said[0] or not device and "--device is empty" in done.said[0], done
 
-def answer_503(connection): connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+def answer_503(connection, number):
+    connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
-def answer_once(connection, seen=[]):
+def answer_once(connection, number):
     "Answers the first request, then never again"
-    seen.append(connection)
-    if len(seen) == 1: connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    if number == 0: connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
     else: time.sleep(60)
 
-def answer_in_drips(connection):
+def answer_in_drips(connection, number):
     "The head of an answer, a byte now and then"
     for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"." * 1000: connection.sendall(bytes([byte])), time.sleep(.2)
 
 @contextlib.contextmanager
 def hub(answer):
-    "Address of a server that reads requests and answers them in its way"
+    "Address of a server that reads requests and answers them in its way; it tells the answer the request's number"
     def serve():
         with contextlib.suppress(OSError):
-            while True: threading.Thread(target=one, args=(server.accept()[0],), daemon=True).start()
-    def one(connection):
+            for number in itertools.count():
+                threading.Thread(target=one, args=(server.accept()[0], number), daemon=True).start()
+    def one(connection, number):
         with contextlib.suppress(OSError), connection:
             connection.recv(65536)
-            answer(connection)
+            answer(connection, number)
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=serve, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -508,16 +563,23 @@ def at(address, cache):
 
 def test_8_a_hub_that_is_unwell_costs_ten_seconds_and_one_line(tmp_path):
     "503, silence after the first answer, or drips; for a file and for a folder; all at once"
-    cases = [(answer, model) for answer in (answer_503, answer_once, answer_in_drips) for model in ("clip_vitb32", "facebook/dino-vits8")]
+    answers, models = (answer_503, answer_once, answer_in_drips), ("clip_vitb32", "facebook/dino-vits8")
+    cases = [*itertools.product(answers, models)]
     def told(case):
         answer, model = case
         (folder := tmp_path / f"{answer.__name__}-{model[:4]}").mkdir()
-        with hub(answer) as address: return ultra(["segment", "--model", model], folder, before=lambda: at(address, folder / "cache"), env=dict(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1"), seconds=20)
+        env = dict(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+        with hub(answer) as address:
+            there = partial(at, address, folder / "cache")
+            return ultra(["segment", "--model", model], folder, before=there, env=env, seconds=20)
     with ThreadPoolExecutor(len(cases)) as pool: found = list(pool.map(told, cases))
-    for (answer, model), done in zip(cases, found):
-        assert done.code == 1 and done.seconds < 14 and len(done.said) == 1 and "--weights" in done.said[0] and len(done.said[0]) < 500, (answer, model, done)
+    for case, done in zip(cases, found, strict=True):
+        assert done.code == 1 and done.seconds < 14 and len(done.said) == 1, (case, done)
+        assert "--weights" in done.said[0] and len(done.said[0]) < 500, (case, done)
 
-ODD_TENSORS = {"sparse": lambda: torch.eye(50).to_sparse(), "without numbers": lambda: torch.empty(3, device="meta"), "nested": lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)])}
+ODD_TENSORS = {"sparse": lambda: torch.eye(50).to_sparse(),
+               "without numbers": lambda: torch.empty(3, device="meta"),
+               "nested": lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)])}
 
 @pytest.mark.parametrize("what", ODD_TENSORS)
 def test_8_tensors_of_an_odd_kind_are_one_short_line(what, tmp_path):
@@ -525,12 +587,15 @@ def test_8_tensors_of_an_odd_kind_are_one_short_line(what, tmp_path):
     refused("segment --layer 2 --clusters 2 --weights weights.pth", tmp_path, "weights.pth")
 
 def test_8_a_file_that_holds_no_projection_is_one_short_line(tmp_path):
-    refused(["explain", "--layer", "2", "--token", "3", "--scalar", embedded("scenes_clip.safetensors")], tmp_path, "not a projection W")
+    file = embedded("scenes_clip.safetensors")
+    refused(["explain", "--layer", "2", "--token", "3", "--scalar", file], tmp_path, "not a projection W")
 
 def shell(line, folder, **env):
     "A line of shell in which `ultra` is the command line"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1") | env
-    return subprocess.run(["bash", "-c", f"ultra() {{ '{sys.executable}' -m ultra_nb.cli \"$@\"; }}; {line}"], cwd=folder, env=env, capture_output=True)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
+    env = kept | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1") | env
+    ultra = f"ultra() {{ '{sys.executable}' -m ultra_nb.cli \"$@\"; }}"
+    return subprocess.run(["bash", "-c", f"{ultra}; {line}"], cwd=folder, env=env, capture_output=True)
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-"])
 def test_8_closed_outputs_are_no_error(closed, tmp_path):
@@ -538,60 +603,83 @@ def test_8_closed_outputs_are_no_error(closed, tmp_path):
     done = shell(f"ultra data folder --root own {closed}", tmp_path)
     assert done.returncode == 0 and done.stderr == b"", done
     done = shell(f"ultra data folder --root nowhere {closed}", tmp_path)
-    assert done.returncode == 1 and (b"nowhere" in done.stderr) == ("2>&-" not in closed) and b"nowhere" not in done.stdout, done
+    assert done.returncode == 1 and b"nowhere" not in done.stdout, done
+    assert (b"nowhere" in done.stderr) == ("2>&-" not in closed), done
 
-@pytest.mark.parametrize("env", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=str)
+ASCII = [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")]
+
+@pytest.mark.parametrize("env", ASCII, ids=str)
 def test_8_names_that_the_terminal_cannot_write_are_no_error(env, tmp_path):
     child.pictures(tmp_path / "Bücher")
     assert shell("ultra data folder --root Bücher", tmp_path, **env).returncode == 0
 
 def test_8_a_file_name_that_is_no_text_is_no_error(tmp_path):
-    assert ultra(["segment", "--layer", "2", "--clusters", "2", "--out", os.fsdecode(b"mask\xff.png")], tmp_path).code == 0
+    argv = ["segment", "--layer", "2", "--clusters", "2", "--out", os.fsdecode(b"mask\xff.png")]
+    assert ultra(argv, tmp_path).code == 0
 
-# --- 9. Work that runs long ------------------------------------------------------------------------------------------------
+# --- 9. Work that runs long -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv", ["explain --image-size 2000 --token 3", "segment --image-size 2000", "fit-w scenes --images 1000000", "evaluate scenes --limit 1000000000", "itiou scenes --limit 1000000000 --out out"])
+LONG = ["explain --image-size 2000 --token 3", "segment --image-size 2000", "fit-w scenes --images 1000000",
+        "evaluate scenes --limit 1000000000", "itiou scenes --limit 1000000000 --out out"]
+
+@pytest.mark.parametrize("argv", LONG)
 def test_9_long_work_says_so_within_two_seconds(argv, tmp_path):
     "Killed after some seconds, it has told of itself, more than the model's name; or it was refused"
     done = ultra(argv, tmp_path, before=child.limited, seconds=5)
     told = "".join(line for line in re.split(r"[\r\n]", done.err) if not line.startswith("Backbone("))
-    assert told.strip() and (done.code == -signal.SIGALRM or done.code == 1 and len(done.said) == 1 and "Error" not in done.said[0]), done
+    refused_at_once = done.code == 1 and len(done.said) == 1 and "Error" not in done.said[0]
+    assert told.strip() and (done.code == -signal.SIGALRM or refused_at_once), done
 
 def test_9_scenes_are_made_as_they_are_needed():
     start = time.perf_counter()
     data = scenes("val", 10**6)
     assert time.perf_counter() - start < .2 and len(data) == 10**6 and data[10**6 - 1].name == f"val {10**6 - 1}"
 
-# --- 10. Messages that say what is wrong with what ---------------------------------------------------------------------------
+# --- 10. Messages that say what is wrong with what --------------------------------------------------------------------
 
-DAMAGE = {"empty": b"", "cut": b'{"a": 1, "b', "a list": b"[1]\n", "a number": b"1\n", "no text": b"\xff\xfe\n", "strange": b'{"strange": 1}\n', "a row of nothing": b'{"i": 0, "name": "0"}\n'}
+DAMAGE = {"empty": b"", "cut": b'{"a": 1, "b', "a list": b"[1]\n", "a number": b"1\n", "no text": b"\xff\xfe\n",
+          "strange": b'{"strange": 1}\n', "a row of nothing": b'{"i": 0, "name": "0"}\n'}
+HARMLESS = {("rows.jsonl", "empty"), ("rows.jsonl", "cut"), ("part-0.jsonl", "empty"), ("part-0.jsonl", "cut"),
+            ("problems.json", "strange")} # as a run leaves them that is killed, or keys that nobody asks for
+ANY_FILE = ["empty", "cut", "a list", "a number", "no text", "strange"] # damage for files of every kind
 
-@pytest.mark.parametrize("file, what", [(file, what) for file in ("settings.json", "rows.jsonl", "part-0.jsonl") for what in DAMAGE
-                                        if (file, what) not in {("rows.jsonl", "empty"), ("part-0.jsonl", "empty"), ("rows.jsonl", "cut"), ("part-0.jsonl", "cut")}])
+def harmful(files, damage): return [pair for pair in itertools.product(files, damage) if pair not in HARMLESS]
+
+@pytest.mark.parametrize("file, what", harmful(["settings.json", "rows.jsonl", "part-0.jsonl"], DAMAGE))
 def test_10_a_damaged_file_of_a_run_is_named(file, what, finished):
     (finished / "out" / file).write_bytes(DAMAGE[what])
     refused(SMALL, finished, file)
 
-@pytest.mark.parametrize("file, what", [(file, what) for file in ("reproduction.json", "records/fig3.json", "problems.json") for what in ("empty", "cut", "a list", "a number", "no text", "strange")
-                                        if (file, what) != ("problems.json", "strange")])
+def one_line(done, *words):
+    "Exit code 1 and one line that is no exception's name"
+    assert done.code == 1 and len(done.said) == 1 and all(word in done.said[0] for word in words), done
+    assert len(done.said[0]) < 500 and not re.match(r"ultra-nb: \w+Error", done.said[0]), done
+
+@pytest.mark.parametrize("file, what", harmful(["reproduction.json", "records/fig3.json", "problems.json"], ANY_FILE))
 def test_10_a_damaged_file_of_a_reproduction_is_named_or_made_again(file, what, figure3, tmp_path):
     shutil.copytree(figure3, tmp_path / "report")
     (tmp_path / "report" / file).write_bytes(DAMAGE[what])
     done = ultra("reproduce fig3 --out report", tmp_path)
-    assert done.code == 0 and not done.said or done.code == 1 and len(done.said) == 1 and file in done.said[0] and not re.match(r"ultra-nb: \w+Error", done.said[0]), done
+    if done.code == 0: assert not done.said, done
+    else: one_line(done, file)
 
-@pytest.mark.parametrize("what", ["empty", "cut", "a list", "a number", "no text", "strange"])
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+MODEL_FILES = ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+               "generation_config.json"]
+
+@pytest.mark.parametrize("what", ANY_FILE)
+@pytest.mark.parametrize("file", MODEL_FILES)
 def test_10_a_damaged_file_of_a_model_is_named(file, what, llama, tmp_path):
     shutil.copytree(llama, tmp_path / "model")
     (tmp_path / "model" / file).write_bytes(DAMAGE[what]), (tmp_path / "text").write_text(TEXT)
     done = ultra(["summarize", "text", "--model", "model", "--summary", "Sell"], tmp_path)
-    assert done.code == 0 or done.code == 1 and len(done.said) == 1 and "model" in done.said[0] and len(done.said[0]) < 500 and not re.match(r"ultra-nb: \w+Error", done.said[0]), done
+    if done.code: one_line(done, "model")
 
-@pytest.mark.parametrize("what", [*DAMAGE, "no stage", "no data", "numbers"])
+SETTINGS = {"no stage": b'{"model": "m"}', "no data": b'{"stage": "sft"}',
+            "numbers": b'{"stage": "sft", "model": 1, "data": 2}'}
+
+@pytest.mark.parametrize("what", DAMAGE | SETTINGS)
 def test_10_damaged_settings_of_a_training_are_named(what, tmp_path):
-    more = {"no stage": b'{"model": "m"}', "no data": b'{"stage": "sft"}', "numbers": b'{"stage": "sft", "model": 1, "data": 2}'}
-    (tmp_path / "settings.json").write_bytes((DAMAGE | more)[what])
+    (tmp_path / "settings.json").write_bytes((DAMAGE | SETTINGS)[what])
     refused("train settings.json --out out", tmp_path)
 
 @pytest.mark.parametrize("learned", ["{", "[]", '{"provenance": 1}', '{"provenance": {}, "strange": 1}'])
@@ -606,7 +694,9 @@ def full(size):
 
 def test_10_a_full_disk_names_the_file(tmp_path):
     "The system's error for a write has no name of a file"
-    refused("evaluate scenes --limit 2 --layer 2 --scalar sum --out out", tmp_path, "out/", new=["out", "out/settings.json", "out/.part-0.lock", "out/part-0.jsonl", "out/rows.jsonl"], before=lambda: full(900))
+    new = ["out", *(f"out/{name}" for name in ("settings.json", ".part-0.lock", "part-0.jsonl", "rows.jsonl"))]
+    argv = "evaluate scenes --limit 2 --layer 2 --scalar sum --out out"
+    refused(argv, tmp_path, "out/", new=new, before=lambda: full(900))
 
 @pytest.mark.parametrize("n", [256, 257, 300])
 def test_10_more_classes_than_a_mask_can_tell_apart_are_refused(n, tmp_path):
@@ -614,26 +704,38 @@ def test_10_more_classes_than_a_mask_can_tell_apart_are_refused(n, tmp_path):
     refused(SMALL, tmp_path, "classes.txt")
 
 MATS = {
-    "numbers with fractions": dict(img=np.zeros((200, 200, 4))), "one channel": dict(img=np.zeros((200, 200, 1), np.uint8)), "grey": dict(img=np.zeros((200, 200), np.uint8)),
-    "text": dict(img="text"), "cells": dict(img=np.array([1, "a"], object)), "nothing": dict(img=np.zeros((0, 0, 4), np.uint8), gt=np.zeros((0, 0), np.int32)),
-    "labels that are NaN": dict(gt=np.full((200, 200), np.nan)), "labels in layers": dict(gt=np.zeros((200, 200, 2), np.int32)), "labels of text": dict(gt="x"), "labels in a struct": dict(gt=dict(a=1)),
+    "numbers with fractions": dict(img=np.zeros((200, 200, 4))),
+    "one channel": dict(img=np.zeros((200, 200, 1), np.uint8)),
+    "grey": dict(img=np.zeros((200, 200), np.uint8)),
+    "text": dict(img="text"),
+    "cells": dict(img=np.array([1, "a"], object)),
+    "nothing": dict(img=np.zeros((0, 0, 4), np.uint8), gt=np.zeros((0, 0), np.int32)),
+    "labels that are NaN": dict(gt=np.full((200, 200), np.nan)),
+    "labels in layers": dict(gt=np.zeros((200, 200, 2), np.int32)),
+    "labels of text": dict(gt="x"),
+    "labels in a struct": dict(gt=dict(a=1)),
 }
 
 def crops(root):
     "Potsdam as STEGO's archive has it, two crops"
-    for part, key, pixels in (("imgs", "img", np.zeros((200, 200, 4), np.uint8)), ("gt", "gt", np.random.default_rng(0).integers(0, 6, (200, 200)).astype(np.int32))):
-        (root / part).mkdir(parents=True)
-        for i in range(2): savemat(root / part / f"{i}.mat", {key: pixels})
+    for part in ("imgs", "gt"): (root / part).mkdir(parents=True)
+    classes = np.random.default_rng(0).integers(0, 6, (200, 200)).astype(np.int32)
+    for i in range(2):
+        savemat(root / f"imgs/{i}.mat", dict(img=np.zeros((200, 200, 4), np.uint8)))
+        savemat(root / f"gt/{i}.mat", dict(gt=classes))
     (root / "labelled_test.txt").write_text("0\n1\n")
 
 def one_bad(done, file):
     "One image measured, the other named with what is wrong; exit code 0, as --skip-bad asks"
-    assert done.code == 0 and "1 images of" in done.out and len(done.said) == 1 and done.said[0].startswith("not measured: ") and file in done.said[0], done
+    assert done.code == 0 and "1 images of" in done.out and len(done.said) == 1, done
+    assert done.said[0].startswith("not measured: ") and file in done.said[0], done
 
 @pytest.mark.parametrize("what", MATS)
 def test_10_a_mat_file_of_odd_content_is_one_bad_image(what, tmp_path):
     crops(tmp_path / "own")
-    for key, value in MATS[what].items(): savemat(tmp_path / f"own/{'imgs' if key == 'img' else 'gt'}/0.mat", {key: value})
+    for key, value in MATS[what].items():
+        part = "imgs" if key == "img" else key
+        savemat(tmp_path / f"own/{part}/0.mat", {key: value})
     one_bad(ultra("evaluate potsdam --root own --layer 2 --scalar sum --skip-bad", tmp_path), "0.mat")
 
 def test_10_a_mat_file_that_kills_its_reader_is_one_bad_image(tmp_path):
@@ -646,11 +748,11 @@ def test_10_a_mat_file_that_kills_its_reader_is_one_bad_image(tmp_path):
 
 def test_10_a_name_that_is_no_text_is_an_image_like_others(tmp_path):
     "b'a\\xff.png' is a fine name to Linux"
-    child.pictures(tmp_path / "own")
-    for part in ("images", "masks"): os.rename(tmp_path / f"own/{part}/0.png", os.path.join(os.fsencode(tmp_path / f"own/{part}"), b"a\xff.png"))
+    own = os.fsencode(child.pictures(tmp_path / "own"))
+    for part in (own + b"/images", own + b"/masks"): os.rename(part + b"/0.png", part + b"/a\xff.png")
     done = ultra(SMALL, tmp_path)
     assert done.code == 0 and "2 images of" in done.out, done
-    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "own/images"), b"a\xff.png"))).write_bytes(b"none")
+    Path(os.fsdecode(own + b"/images/a\xff.png")).write_bytes(b"none")
     shutil.rmtree(tmp_path / "out")
     one_bad(ultra(f"{SMALL} --skip-bad", tmp_path), "xff")
 
@@ -663,7 +765,7 @@ def test_10_a_summary_that_is_no_text_is_named(tmp_path):
     (tmp_path / "text").write_text(TEXT)
     refused(["summarize", "text", "--summary", "Sell \udcff"], tmp_path, "summary")
 
-# --- 11. What is left behind -------------------------------------------------------------------------------------------------
+# --- 11. What is left behind ------------------------------------------------------------------------------------------
 
 def killed_at_replace(name):
     "Makes the process die when it is about to move a file into place under this name"
@@ -673,31 +775,48 @@ def killed_at_replace(name):
         return real(source, target, **where)
     os.replace = replace
 
-@pytest.mark.parametrize("argv, file", [("evaluate scenes --limit 2 --layer 2 --scalar sum --out out", "settings.json"), ("reproduce fig3 --out out", "reproduction.json"), (FIT.replace("--out", "--force --out"), "settings.json")])
+CLAIMS = [("evaluate scenes --limit 2 --layer 2 --scalar sum --out out", "settings.json"),
+          ("reproduce fig3 --out out", "reproduction.json"),
+          (FIT.replace("--out", "--force --out"), "settings.json")]
+
+@pytest.mark.parametrize("argv, file", CLAIMS)
 def test_11_a_death_before_a_folder_is_claimed_leaves_it_usable(argv, file, tmp_path):
     assert ultra(argv, tmp_path, before=lambda: killed_at_replace(file)).code == 9
     done = ultra(argv, tmp_path)
-    assert done.code == 0 and not [n for n in names(tmp_path) if "part" in n and not n.endswith(".lock") or "tmp" in n], (done, names(tmp_path))
+    left = [n for n in names(tmp_path) if "part" in n and not n.endswith(".lock") or "tmp" in n]
+    assert done.code == 0 and not left, (done, names(tmp_path))
 
 WRONG_OPTION = {
     "fit-w scenes --images 8 --layer 2 --passes 1": ["--k 999", "--k 0", "--k -1", "--layer 99"],
-    "evaluate scenes --limit 2 --layer 2 --scalar sum --out out": ["--linkage foo", "--metric foo", "--linkage ward", "--order paper", "--protocol foo", "--k 999", "--threshold .4 --baselines", "--clusters -1 --protocol dataset-majority", "--clusters 99999 --protocol dataset-majority"],
-    "perturb scenes --limit 2 --layer 2 --out out": ["--order paper", "--tokens 0", "--tokens 999", "--share nan", "--share 0", "--seed -1"],
+    "evaluate scenes --limit 2 --layer 2 --scalar sum --out out": [
+        "--linkage foo", "--metric foo", "--linkage ward", "--order paper", "--protocol foo", "--k 999",
+        "--threshold .4 --baselines", "--clusters -1 --protocol dataset-majority",
+        "--clusters 99999 --protocol dataset-majority"],
+    "perturb scenes --limit 2 --layer 2 --out out": [
+        "--order paper", "--tokens 0", "--tokens 999", "--share nan", "--share 0", "--seed -1"],
     "itiou scenes --limit 2 --layer 2 --out out": ["--order paper", "--tau nan", "--tau 2"],
 }
 
-@pytest.mark.parametrize("argv, option", [(argv, option) for argv, options in WRONG_OPTION.items() for option in options])
+WRONG_OPTIONS = [(argv, option) for argv, options in WRONG_OPTION.items() for option in options]
+
+@pytest.mark.parametrize("argv, option", WRONG_OPTIONS)
 def test_11_a_wrong_option_claims_no_folder(argv, option, tmp_path):
     "So that the corrected command can have it"
     refused(f"{argv} {option}", tmp_path)
 
-@pytest.mark.parametrize("content", ['{"stage": "foo", "model": "m", "data": "d"}', '{"stage": "sft", "model": "m", "data": "nowhere.jsonl"}', "{}"])
+WRONG_STAGE = ['{"stage": "foo", "model": "m", "data": "d"}',
+               '{"stage": "sft", "model": "m", "data": "nowhere.jsonl"}', "{}"]
+
+@pytest.mark.parametrize("content", WRONG_STAGE)
 def test_11_a_wrong_stage_claims_no_folder(content, tmp_path):
     (tmp_path / "settings.json").write_text(content)
     refused("train settings.json --out out", tmp_path)
 
-PARTIAL = {"figure.png": "explain --layer 2 --token 5 --out figure.png", "figure.pdf": "explain --layer 2 --token 5 --out figure.pdf", "figure.svg": "explain --layer 2 --token 5 --out figure.svg", "mask.png": "segment --clusters 20 --out mask.png",
-           **{f"overlay.{e}": f"segment --layer 2 --clusters 3 --overlay overlay.{e}" for e in ("png", "jpg", "webp")}, "summary.html": "summarize text --summary Sell"}
+EXPLAIN, OVERLAY = "explain --layer 2 --token 5 --out", "segment --layer 2 --clusters 3 --overlay"
+PARTIAL = {**{f"figure.{e}": f"{EXPLAIN} figure.{e}" for e in ("png", "pdf", "svg")},
+           "mask.png": "segment --clusters 20 --out mask.png",
+           **{f"overlay.{e}": f"{OVERLAY} overlay.{e}" for e in ("png", "jpg", "webp")},
+           "summary.html": "summarize text --summary Sell"}
 
 @pytest.mark.parametrize("old", [b"", b"mine"])
 @pytest.mark.parametrize("file", PARTIAL)
@@ -707,7 +826,8 @@ def test_11_a_full_disk_leaves_no_half_file(file, old, tmp_path):
     if old: (tmp_path / file).write_bytes(old)
     before = names(tmp_path)
     done = ultra(f"{PARTIAL[file]} --force", tmp_path, before=lambda: full(700))
-    assert done.code == 1 and len(done.said) <= 2 and file in done.said[-1] and names(tmp_path) == before, (done, names(tmp_path))
+    assert done.code == 1 and len(done.said) <= 2 and file in done.said[-1], done
+    assert names(tmp_path) == before, (done, names(tmp_path))
     assert not old or (tmp_path / file).read_bytes() == old
 
 def test_11_a_user_s_own_part_file_is_left_alone(tmp_path):
@@ -716,7 +836,9 @@ def test_11_a_user_s_own_part_file_is_left_alone(tmp_path):
     assert (tmp_path / "summary.html.part").read_text() == "mine"
 
 def test_11_nothing_is_written_through_a_link(tmp_path):
-    (tmp_path / "text").write_text(TEXT), (tmp_path / "mine").write_text("mine"), (tmp_path / "summary.html.part").symlink_to("mine")
+    (tmp_path / "text").write_text(TEXT)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "summary.html.part").symlink_to("mine")
     assert ultra("summarize text --summary Sell", tmp_path).code == 0
     assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "summary.html").is_symlink()
 
@@ -724,4 +846,6 @@ def test_11_a_foreign_file_in_the_folder_of_checkpoints_is_no_failure(half_fitte
     shutil.copytree(half_fitted, tmp_path / "here")
     (tmp_path / "here/W.safetensors.run/notes.txt").write_text("mine")
     done = ultra(FIT, tmp_path / "here")
-    assert done.code == 0 and names(tmp_path / "here") == ["W.safetensors", "W.safetensors.run", "W.safetensors.run/notes.txt"], (done, names(tmp_path / "here"))
+    left = names(tmp_path / "here")
+    assert done.code == 0, done
+    assert left == ["W.safetensors", "W.safetensors.run", "W.safetensors.run/notes.txt"]

@@ -98,7 +98,7 @@ def undefined(whole, cut, fused, first):
     if any(A.ndim != 4 or A.shape[0] != B or A.shape[2:] != (N, N) for A, in whole.A): return "A is not [B, H, N, N]"
     if whole.outside & set(range(first, L)): return "there is attention before or between the blocks"
     if not torch.allclose(z[-1], fused.raw[-1]): return "two passes differ"
-    if any(grads(out[0].sum(), [z])[0][1:].any() for z, out in zip(cut.z, cut.raw[1:])):
+    if any(grads(out[0].sum(), [z])[0][1:].any() for z, out in zip(cut.z, cut.raw[1:], strict=True)):
         return "items of the batch reach each other"
 
 def contribution(A, dA): return (dA.relu() * A).mean(1).detach()
@@ -108,7 +108,7 @@ def exact_map(whole, layer, f):
     z, As, rows = whole.raw[layer - 1], [A for A, in whole.A[:layer - 1]], []
     for i in range(z.shape[1]):
         row = F.one_hot(torch.tensor(i), z.shape[1]).to(z).expand(z.shape[:2])
-        for A, dA in zip(reversed(As), reversed(grads(f(z)[:, i].sum(), As))):
+        for A, dA in zip(reversed(As), reversed(grads(f(z)[:, i].sum(), As)), strict=True):
             row = row + (row[:, None] @ contribution(A, dA))[:, 0]
         rows.append(row)
     return torch.stack(rows, 1)
@@ -135,7 +135,8 @@ def reads_below(cut):
 def mixes(alone):
     "Do tokens reach each other by another way than attention?"
     even = (torch.arange(alone.z[0].shape[1]) % 2 == 0).to(alone.z[0])[:, None]
-    return any(grads((out * even).sum(), [z])[0][:, 1::2].any() for z, out in zip(alone.z, alone.raw[1:]))
+    after = zip(alone.z, alone.raw[1:], strict=True)
+    return any(grads((out * even).sum(), [z])[0][:, 1::2].any() for z, out in after)
 
 # --- the judge ---------------------------------------------------------------------------------------------------
 
@@ -586,10 +587,11 @@ def why(message): return next(reason for words, reason in REASONS.items() if re.
 def works(cases):
     "Markdown of a record's cases: how many are right, and why the others are refused"
     real = [c for c in cases if (c["library"], c["kind"]) in WHERE]
-    worst = max(c[mode].get("error", 0) for c in real for mode in ("exact", "diagonal"))
+    tried, worst = len(real), max(c[mode].get("error", 0) for c in real for mode in ("exact", "diagonal"))
     columns = "models", "tried", "types", "exact and diagonal right", "exact right, diagonal refused", "refused"
-    rows = [f"""`explain` gives a right map, or an error of one line that says why it cannot. `make zoo` checks that: it builds
-{len(real)} small random models as their libraries build them, and compares every map with eq. 4-6 written out in float64
+    rows = [f"""\
+`explain` gives a right map, or an error of one line that says why it cannot. `make zoo` checks that: it builds
+{tried} small random models as their libraries build them, and compares every map with eq. 4-6 written out in float64
 without this library. The largest difference is {worst:.0e} of the largest relevance.""", "",
             f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for where, title in WHERE.items():
@@ -608,7 +610,8 @@ without this library. The largest difference is {worst:.0e} of the largest relev
 
 def sweep(cases, jobs):
     "`record` of each case, in order, in processes that are replaced now and then"
-    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=20) as pool: yield from pool.imap(record, cases)
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=20) as pool:
+        yield from pool.imap(record, cases)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
