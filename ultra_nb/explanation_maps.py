@@ -26,6 +26,7 @@ def _normalized(z):
 
 SCALARS: dict[str, Callable] = dict(sum=lambda z: z.sum(-1), energy=lambda z: (z * z).sum(-1), normalized=_normalized)
 
+# %% ../nbs/05_explanation_maps.ipynb #1fab8ac0
 def scalar_function(scalar:str|Tensor|Callable, # see the table above
                     shape:Sequence[int] # [N, D] of the tokens it will meet
                    ) -> Callable: # z [B, N, D] to f(z) [B, N]
@@ -37,6 +38,7 @@ def scalar_function(scalar:str|Tensor|Callable, # see the table above
     others = "a tensor W [N, D] or [D], or a function of z [B, N, D]"
     raise ValueError(f"scalar={scalar!r}: choose one of {', '.join(SCALARS)}, {others}")
 
+# %% ../nbs/05_explanation_maps.ipynb #8bc03d04
 def _projection(W, shape):
     r"$\langle z_i, w_i \rangle$ of each token"
     if tuple(W.shape) not in (shape, shape[-1:]):
@@ -64,6 +66,7 @@ def cotangents(scalar:str|Tensor|Callable, # see the table above
         raise ValueError("the scalar mixes tokens: f(z)[b, i] must depend on z[b, i] alone")
     return g
 
+# %% ../nbs/05_explanation_maps.ipynb #871047da
 def _mixes_tokens(f, z, g):
     "Would weights on the tokens' numbers f do anything else to the gradient g than weigh each token's?"
     weights = torch.rand(f.shape, generator=torch.Generator().manual_seed(0)).to(z)
@@ -135,6 +138,7 @@ def _by_block(notes, cot):
         G, cot = _step(taped, cot, taped is notes[0], diagonal=True)
         yield G
 
+# %% ../nbs/05_explanation_maps.ipynb #8ce98c4f
 def _at_once(model, inputs, blocks, scalar):
     "Relevance rows [B, N, N] from one graph of the blocks. Raises RuntimeError where autograd cannot keep or pass it"
     _, As, z, _ = attentions(model, blocks, inputs, diagonal=True, whole=False)
@@ -162,21 +166,23 @@ def stays(taped:Taped, # a block with its input
     sizes = torch.linalg.vector_norm(dA, torch.inf, (1, 3)), torch.linalg.vector_norm(dz, torch.inf, -1) # [B, N] each
     return all((s[~inside].max() <= 1e-6 * s.max()).item() for s in sizes)
 
+# %% ../nbs/05_explanation_maps.ipynb #27a95464
 def _half(B, N, device):
     "Half of the positions of all images, at random [B, N]"
     order = torch.randperm(B * N, generator=torch.Generator().manual_seed(0))
     return (order < B * N / 2).view(B, N).to(device)
 
 # %% ../nbs/05_explanation_maps.ipynb #0e055405
-BREAKS = dict(between="does not read just what the block before puts out: something stands between them "
-                      "(a norm, scale, projection, convolution or skip)",
-              beside="reads what an earlier block computed, other than its tokens "
-                     "(shared keys and values, a skip connection)")
-
 def _attention_of(taped):
     "A of a taped block [B, H, N, N]"
     with torch.no_grad(), attention_tap() as tap: taped(taped.z)
     return own_attention(tap.attention, taped.z, taped.block)
+
+# %% ../nbs/05_explanation_maps.ipynb #a8f39a27
+BREAKS = dict(between="does not read just what the block before puts out: something stands between them "
+                      "(a norm, scale, projection, convolution or skip)",
+              beside="reads what an earlier block computed, other than its tokens "
+                     "(shared keys and values, a skip connection)")
 
 def _chain(model, notes, layer, inputs):
     "`broken_at`, once a block has shown its attention: some attention cannot even be run with gradients"
@@ -204,6 +210,7 @@ def _check_images(taped):
     name = type(taped.block).__name__
     raise ValueError(f"{name} mixes what should be images: maps need tokens [B, N, D], batch first")
 
+# %% ../nbs/05_explanation_maps.ipynb #38a2da38
 def _check_positions(taped):
     "ValueError where tokens mix outside attention, which diagonal attention does not see"
     B, N, _ = taped.z.shape
@@ -238,6 +245,7 @@ def _check_model(model, inputs):
         why = "where its parameters cannot take part in gradients: build it outside"
         raise ValueError(f"the model was built under torch.inference_mode, {why}")
 
+# %% ../nbs/05_explanation_maps.ipynb #0f6d2642
 def _asked(model, inputs, blocks, layer) -> tuple[nn.Module, list, int]:
     "The model, its blocks, and the layer as a number"
     if isinstance(model, Backbone): model, blocks = model.model, blocks or model.blocks
@@ -250,6 +258,7 @@ def _latents(notes, layer):
     "$z^{(l)}$: what enters block l, or leaves the last one"
     return notes[layer - 1].z if layer <= len(notes) else notes[-1].after
 
+# %% ../nbs/05_explanation_maps.ipynb #a64cc3c5
 def below(model:nn.Module|Backbone, # as in `explain`
           inputs:Tensor|dict, # as in `explain`
           blocks:Sequence[nn.Module]|None=None, # as in `explain`
@@ -260,18 +269,20 @@ def below(model:nn.Module|Backbone, # as in `explain`
     return tape(model, blocks, inputs)[:layer - 1]
 
 # %% ../nbs/05_explanation_maps.ipynb #562195c0
-GRAPH = 2**30 # bytes that one graph may take on a CPU
-
 def _room(device, on_cpu, share):
     "Bytes to fill: a number on a CPU, a share of a GPU's memory. Depends on the machine alone"
     if device.type != "cuda": return on_cpu
     return int(torch.cuda.get_device_properties(device).total_memory * share)
 
+# %% ../nbs/05_explanation_maps.ipynb #48304fc7
 def _chunk(taped):
     "Targets per vector-Jacobian product: their largest tensor stays near 32 MB (fits caches), or a hundredth of a GPU"
     A, D = _attention_of(taped), taped.z.shape[-1]
     B, H, N, _ = A.shape
     return max(1, _room(A.device, 2**25, .01) // (A.element_size() * B * N * max(H * N, 4 * D)))
+
+# %% ../nbs/05_explanation_maps.ipynb #bffb0f24
+GRAPH = 2**30 # bytes that one graph may take on a CPU
 
 def graph_bytes(blocks:int, # number of them
                 attention:int, # numbers in the A of one, B x H x N x N
@@ -281,6 +292,7 @@ def graph_bytes(blocks:int, # number of them
     "What one graph of all blocks keeps for diagonal: about two matrices like A and twenty like the tokens a block"
     return blocks * size * (2 * attention + 20 * tokens)
 
+# %% ../nbs/05_explanation_maps.ipynb #1d3ea8ba
 def _graph_fits(notes):
     "Does the graph of these blocks stay below a gigabyte, or a quarter of a GPU?"
     A, z = _attention_of(notes[-1]), notes[-1].z
@@ -295,6 +307,7 @@ def _checked(model, inputs, blocks, layer, check):
     for taped in notes[:layer - 1]: check(taped)
     return notes[:layer - 1], z
 
+# %% ../nbs/05_explanation_maps.ipynb #24a6db07
 def _kind(inputs):
     "Shapes and types of inputs"
     inputs = inputs if isinstance(inputs, dict) else {"": inputs}
@@ -320,6 +333,7 @@ def _diagonal(model, inputs, blocks, layer, scalar):
     known[question] = found is not None
     return rows if found is None else found
 
+# %% ../nbs/05_explanation_maps.ipynb #3e84a806
 def _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk):
     "Relevance rows [B, T, N] of some targets"
     notes, z = _checked(model, inputs, blocks, layer, _check_images)
@@ -335,13 +349,14 @@ def _check_options(mode, order, chunk):
     if mode == "diagonal" and order == "paper": raise ValueError("order='paper' needs mode='exact'")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}: it must be at least 1")
 
+# %% ../nbs/05_explanation_maps.ipynb #cd83b9bb
 @gradients()
 def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or transformers as it is, or a `Backbone`
             inputs:Tensor|dict, # images [B, C, H, W], or a dict of model inputs (language)
             blocks:Sequence[nn.Module]|None=None, # the L transformer blocks in order; None = found by structure
             layer:int|None=None, # the paper's l, 2 to L+1; None = L+1, after the last block
             tokens:int|Sequence[int]|Tensor|None=None, # T target tokens (0 = first, CLS for ViTs); None = all
-            scalar:str|Tensor|Callable="sum", # "sum" | "energy" | "normalized" | W | function, see the table above
+            scalar:str|Tensor|Callable="sum", # "sum" | "energy" | "normalized" | W [N, D] or [D] | z to f(z) [B, N]
             mode:str="exact", # "exact" | "diagonal" (all tokens for one backward pass)
             order:str="rollout", # "rollout" C^(l-1)..C^(1) | "paper" C^(1)..C^(l-1) (exact mode only)
             chunk:int|None=None # targets per vector-Jacobian product; None = chosen from the memory at hand

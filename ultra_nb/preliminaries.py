@@ -45,17 +45,18 @@ def plain_attention(q:Tensor, # queries [B, H, N, d]
                     scale:float, # factor on the scores, $1/\sqrt{d}$ unless a model says otherwise
                     bias:Tensor|None=None # added to the scores: -inf where a token may not look [.., N, N]
                    ) -> tuple[Tensor, Tensor]: # output [B, H, N, d], attention probabilities A [B, H, N, N]
-    "Standard attention (eq. 19 and 20), gradients as they are"
+    "Standard attention (eq. 19 and 20)"
     q = q * scale
-    A = _probabilities(q @ k.transpose(-2, -1), bias) # [B, H, N, d] @ [B, H, d, N] -> [B, H, N, N]
-    return A @ v, A                                   # [B, H, N, N] @ [B, H, N, d] -> [B, H, N, d]
+    A = _softmax(q @ k.transpose(-2, -1), bias) # [B, H, N, d] @ [B, H, d, N] -> [B, H, N, N]
+    return A @ v, A                             # [B, H, N, N] @ [B, H, N, d] -> [B, H, N, d]
 
-def _probabilities(S, bias):
-    "A = softmax(S + bias) [B, H, N, N], which gradients reach even if all parameters are frozen"
+# %% ../nbs/00_preliminaries.ipynb #a04c57ea
+def _softmax(S, bias):
+    "A = softmax(S + bias) of scores S [B, H, N, N]; its gradient can always be taken"
     if bias is None: A = S.softmax(-1)
     else:
         S = S + bias
-        blind = (S == float("-inf")).all(-1, keepdim=True) # [B, H, N, 1]: may see nothing, gets zeros, not NaN
+        blind = (S == float("-inf")).all(-1, keepdim=True) # [B, H, N, 1]: sees nothing
         A = S.masked_fill(blind, 0.).softmax(-1).masked_fill(blind, 0.)
     if torch.is_grad_enabled() and not A.requires_grad: A.requires_grad_()
     return A
@@ -71,11 +72,11 @@ def diagonal_attention(q:Tensor, # as in `plain_attention`, one query for each k
     if k.shape[-2] != q.shape[-2]:
         met = f"{q.shape[-2]} queries met {k.shape[-2]} keys"
         raise ValueError(f"the diagonal needs self-attention: {met}; use mode='exact'")
-    q, dk, dv = q * scale, k - k.detach(), v - v.detach()      # dk = dv = 0, but their derivatives are 1
-    own = (q.detach() * dk).sum(-1)                            # [B, H, N]: each query on its own key
-    A = _probabilities(q @ k.detach().transpose(-2, -1) + torch.diag_embed(own), bias) # [B, H, N, N]
-    own = A.detach().diagonal(dim1=-2, dim2=-1)[..., None]     # [B, H, N, 1]: each token's attention to itself
-    return A @ v.detach() + own * dv, A
+    q, dk, dv = q * scale, k - k.detach(), v - v.detach()                       # dk = dv = 0, with derivative 1
+    S_ii = (q.detach() * dk).sum(-1)                                            # [B, H, N], query on own key
+    A = _softmax(q @ k.detach().transpose(-2, -1) + S_ii.diag_embed(), bias)    # [B, H, N, N]
+    A_ii = A.detach().diagonal(dim1=-2, dim2=-1)[..., None]                     # [B, H, N, 1]
+    return A @ v.detach() + A_ii * dv, A                                        # [B, H, N, d]
 
 # %% ../nbs/00_preliminaries.ipynb #772af0fc
 def _as_mask(mask, device):
@@ -84,6 +85,7 @@ def _as_mask(mask, device):
     ahead = mask.seq_len_kv - mask.seq_len_q if mask.variant == CausalVariant.LOWER_RIGHT else 0
     return torch.ones(mask.seq_len_q, mask.seq_len_kv, dtype=torch.bool, device=device).tril(ahead)
 
+# %% ../nbs/00_preliminaries.ipynb #18969803
 def _bias(query, key, mask, is_causal):
     "What is added to the scores: 0 where a query may look, -inf where not, or the mask's own numbers; None: no mask"
     N, M = query.shape[-2], key.shape[-2]
@@ -134,6 +136,7 @@ class _Mine(local):
 
 _mine = _Mine()
 
+# %% ../nbs/00_preliminaries.ipynb #b917d94e
 def _dispatch(query, key, value, attn_mask=None, *args, **kwargs):
     "In the place of PyTorch's attention: calls this thread's innermost tap, or else PyTorch's own"
     tap = _mine.taps[-1][0] if _mine.taps else None
@@ -160,6 +163,7 @@ class _Closing:
     def __exit__(self, *_): self.close()
     def __del__(self): self.close()
 
+# %% ../nbs/00_preliminaries.ipynb #4a5fc10c
 class _Opened(_Closing):
     "A tap in place, or none (None) over those outside"
     def __init__(self, tap): self.entry, self.mine = [tap], _mine.taps
@@ -190,6 +194,7 @@ def _has_attention(block):
     "Is there attention strictly inside `block`?"
     return any(_is_attention(n.rpartition(".")[2], m) for n, m in block.named_modules() if n)
 
+# %% ../nbs/00_preliminaries.ipynb #6ac6c5ba
 def _alike(stack):
     "Are the members of a ModuleList or Sequential callable modules of one class, each with attention inside?"
     first = next(iter(stack), None)
@@ -224,6 +229,7 @@ def tokens_of(block:nn.Module, # a transformer block
     said = f"{type(block).__name__} puts out {type(first).__name__}"
     raise ValueError(f"{said}: maps need blocks that put out tokens [B, N, D], alone or first in a tuple")
 
+# %% ../nbs/00_preliminaries.ipynb #907ef439
 def eager(module:nn.Module # a model or a block of it
          ): # a context
     "A context in which compiled modules run as they were before: their graphs would not meet a tap"
@@ -236,6 +242,7 @@ def _with(args, kwargs, place, z):
     if isinstance(place, str): return args, kwargs | {place: z}
     return (*args[:place], z, *args[place + 1:]), kwargs
 
+# %% ../nbs/00_preliminaries.ipynb #e86518a7
 @dataclass
 class Taped:
     "A block, what entered it and what left it: call it with tokens [B, N, D] to run it again"
@@ -263,6 +270,7 @@ def _equal(a, b):
     "Same shape, and the same numbers but for a change of type"
     return a.shape == b.shape and torch.allclose(a.to(b), b, rtol=0, atol=0, equal_nan=True)
 
+# %% ../nbs/00_preliminaries.ipynb #d83a3419
 def _note(block, args, kwargs, before):
     """Notes a block's input; tokens are what the block before put out. Key-value caches are left behind: a second run
     would append to them"""
@@ -284,6 +292,7 @@ def _ordinary(t):
     "A tensor made under `inference_mode`, as one that autograd takes"
     return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
 
+# %% ../nbs/00_preliminaries.ipynb #7445b912
 def forward(model:nn.Module, # any transformer
             inputs:Tensor|dict # images [B, C, H, W], or a dict of model inputs by name
            ): # what the model puts out
@@ -345,6 +354,7 @@ def _dice():
     _, words, place, *_ = np.random.get_state()
     return drawn, random.getstate(), words.tobytes(), place
 
+# %% ../nbs/00_preliminaries.ipynb #2be699be
 def differs(taped:Taped, # a block's first run
             after:Tensor, # what a second run puts out [B, N, D]
             share:float=.05 # of what the block did to a token
@@ -398,6 +408,7 @@ def _leads_to(node, leaves):
         todo += [earlier for earlier, _ in node.next_functions]
     return False
 
+# %% ../nbs/00_preliminaries.ipynb #0cb54770
 def _passes_on(z, leaf):
     "Is z the leaf, as far as gradients can tell? Small whole numbers survive any change of type"
     if not z.requires_grad or z.shape != leaf.shape: return False
@@ -438,6 +449,7 @@ def _has_sinks(module):
     "Does attention compete with a learned sink, as in GPT-OSS?"
     return module.__dict__.get("sinks", module._parameters.get("sinks")) is not None
 
+# %% ../nbs/00_preliminaries.ipynb #fb60bb95
 def _implementation(block, modules):
     "The transformers attention that a block was loaded with, where the fused one could be had instead; else None"
     configs = (getattr(m, "config", None) for m in modules)
@@ -467,6 +479,7 @@ def _capped(block):
     places = (at for m in block.modules() for at in (m, getattr(m, "config", None)))
     return any(getattr(at, "attn_logit_softcapping", None) for at in places)
 
+# %% ../nbs/00_preliminaries.ipynb #7d4c11dd
 def own_attention(attention:list, # what a tap recorded
                   z:Tensor, # the block's tokens [B, N, D]
                   block:nn.Module # the block
@@ -526,6 +539,7 @@ def check_order(order:str # what a caller asks for
     if order in ("rollout", "paper"): return
     raise ValueError(f"order={order!r}: choose 'rollout' for C^(l-1)..C^(1) or 'paper' for C^(1)..C^(l-1)")
 
+# %% ../nbs/00_preliminaries.ipynb #70084c3d
 def row_product(row:Tensor, # a row vector per item [.., N]
                 Gs:list[Tensor], # contributions of block 1, 2, .. [.., N, N]
                 order:str="rollout" # 'rollout' or 'paper'
@@ -548,6 +562,7 @@ def _class_score(model, output, target):
         raise ValueError(f"class logits [B, C] expected, the model puts out {shape}; {way_out}")
     return logits.gather(1, torch.as_tensor(target, device=logits.device).expand(len(logits))[:, None])[:, 0]
 
+# %% ../nbs/00_preliminaries.ipynb #030b74b5
 def _readout(dz):
     "Where a score reads the last latent tokens: weights [B, N] that sum to one, equal where its gradient is not zero"
     if dz is None or not dz.any():
