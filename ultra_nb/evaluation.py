@@ -266,7 +266,7 @@ def row_of(case:Case, # an image
     return row
 
 # %% ../nbs/10_evaluation.ipynb #9b178cc9
-def _table(row, method, classes):
+def _pixel_counts(row, method, classes):
     "Pixel counts of a row, over all classes [K, C]"
     counts = np.asarray(row["counts"][method], np.int64)
     full = np.zeros((len(counts), classes), np.int64)
@@ -288,7 +288,7 @@ def confusions(rows:list, # of `row_of`
     "Matches clusters with classes as the protocol says. Raises ValueError for a protocol that does not exist"
     _check_protocol(protocol)
     level, how = protocol.split("-")
-    tables = [_table(row, method, classes) for row in rows]
+    tables = [_pixel_counts(row, method, classes) for row in rows]
     if level == "image": return np.stack([settle(t, match(t, how)) for t in tables])
     features = [_unpacked(row["described"][method], len(t)) for row, t in zip(rows, tables, strict=True)]
     k = clusters or classes

@@ -285,7 +285,7 @@ def _differences_with(W, backbone, x, layer, s, generator):
     return d
 
 # %% ../nbs/07_self_consistency.ipynb #63108e5c
-def _train(trainer, seen, held, batches, each, run):
+def _learn(trainer, seen, held, batches, each, run):
     """Steps from where the run's folder left off, until the held-out loss no longer falls. `seen` gives the differences
     of images in a step [B, N, D]"""
     if run and (kept := run.folder / "checkpoint.safetensors").exists():
@@ -330,7 +330,7 @@ def fit_projection(backbone, # a vision `Backbone`, frozen
     def seen(part, step): return torch.stack(list(pool.map(seen_one, part.tolist(), [step] * len(part))))
     held, batches, each = _batches(len(images), held_out, batch, passes, seed)
     with one_thread_each(trainer.theta.device) as pool, (Run(out, provenance) if out else nullcontext()) as run:
-        _train(trainer, seen, held, batches, each, run)
+        _learn(trainer, seen, held, batches, each, run)
     if delta and not any(trainer.history["loss"]):
         raise ValueError(f"with k={k} every image is one segment, so nothing was perturbed: take a larger k")
     return learned()
