@@ -6,7 +6,7 @@ import pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from ultra_nb.cli import main, parser
-from ultra_nb.models import embedded
+from ultra_nb.weights import asset
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 RGB = Image.fromarray(PIXELS)
@@ -65,13 +65,13 @@ class Evil:
 
 def weights(change):
     def make(path):
-        state = load_file(embedded("scenes_clip.safetensors"))
+        state = load_file(asset("scenes_clip.safetensors"))
         change(state)
         save_file(state, path)
     return make
 
 def truncated(path):
-    whole = embedded("scenes_clip.safetensors").read_bytes()
+    whole = asset("scenes_clip.safetensors").read_bytes()
     path.write_bytes(whole[:len(whole) // 2])
 
 BAD_WEIGHTS = {

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
-from ultra_nb.data import DATA, check_data, cityscapes, coco_stuff, folder, open_data, potsdam
-from ultra_nb.data import read_image, read_labels, scenes, voc
+from ultra_nb.datasets import DATA, check_data, cityscapes, coco_stuff, folder, open_data, potsdam
+from ultra_nb.datasets import read_labels, scenes, voc
+from ultra_nb.images import read_image
 
 KINDS = [("png", "RGB"), ("png", "P"), ("png", "I;16"), ("jpg", "RGB"), ("jpg", "CMYK"), ("gif", "P"), ("tif", "RGB"),
          ("tif", "CMYK"), ("webp", "RGBA"), ("bmp", "RGB"), ("ppm", "RGB")]

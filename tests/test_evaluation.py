@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 import child
 from ultra_nb.cli import main
-from ultra_nb.data import scenes
+from ultra_nb.datasets import scenes
 from ultra_nb.evaluation import evaluate
 from ultra_nb.models import load
 from ultra_nb.records import Run
@@ -132,13 +132,13 @@ def test_thresholds_that_give_one_cluster_or_every_token():
 
 PEAKS = """
 from ultra_nb.evaluation import evaluate
-from ultra_nb.reproduction import _resident
+from ultra_nb.benchmark import resident_memory
 from ultra_nb.models import load
-from ultra_nb.data import scenes
+from ultra_nb.datasets import scenes
 backbone, peaks = load("scenes_clip"), []
 for n in (10, 40):
     evaluate(backbone, scenes("val", n), layer=3)
-    peaks.append(_resident("VmHWM"))
+    peaks.append(resident_memory("VmHWM"))
 print(peaks[1] / peaks[0])
 """
 

@@ -7,7 +7,7 @@ from urllib.request import urlopen
 import numpy as np, pytest, torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from ultra_nb.data import scene
+from ultra_nb.scenes import scene
 from ultra_nb.explorer import PictureExplorer, SummaryExplorer, explore
 from ultra_nb.models import load, wrap
 from ultra_nb.summarization import contribution_scores, word_scores
@@ -16,7 +16,7 @@ CONTEXT, SUMMARY = "My <b>friend</b> wants to sell the red sofa & the door.", "M
 CELLS = ["""import torch
 torch.set_num_threads(1)
 from PIL import Image
-from ultra_nb.data import scene
+from ultra_nb.scenes import scene
 from ultra_nb.explorer import explore, explore_text
 from ultra_nb.models import load
 explore(load("scenes_dino"), Image.fromarray(scene(7).image))""",

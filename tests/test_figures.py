@@ -5,7 +5,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.testing.compare import compare_images
 from ultra_nb.figures import save
-from ultra_nb.reproduction import ENTRIES, POINTS, PROFILES, Missing, Sources, figure3, figure_of, tokens_at
+from ultra_nb.entries import ENTRIES, POINTS, PROFILES, Missing, Sources, figure3, figure_of, tokens_at
 
 FIGURES = Path(__file__).parent.parent / "figures"
 TOLERANCE = 2 # root mean square over pixels, of 255: drawn twice on a machine it is 0; other processors round otherwise

@@ -6,11 +6,12 @@ import numpy as np
 import pytest, torch
 from PIL import Image
 import child
-from ultra_nb.data import scenes
+from ultra_nb.datasets import scenes
 from ultra_nb.explanation_maps import latents
 from ultra_nb.interpretability_metrics import gradient_attention_rows, itiou_test, patch_maps
 from ultra_nb.interpretability_metrics import perturbation_distance, perturbation_test, random_rows, ultra_rows
-from ultra_nb.models import Backbone, find_blocks, load
+from ultra_nb.models import Backbone, load
+from ultra_nb.preliminaries import find_blocks
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

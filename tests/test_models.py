@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest, torch
 from safetensors.torch import save_file
-from ultra_nb.models import WeightsError, load, read_weights
+from ultra_nb.models import load
+from ultra_nb.weights import WeightsError, read_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,11 +76,12 @@ def test_the_shipped_vit():
     one line; exact maps work on it"""
     from safetensors.torch import load_file
     from ultra_nb.explanation_maps import explain
-    from ultra_nb.models import embedded, names
-    from ultra_nb.reproduction import per_token_maps
+    from ultra_nb.models import names
+    from ultra_nb.weights import asset
+    from ultra_nb.benchmark import per_token_maps
     b, wide, same_count = (load("scenes_dino", image_size=size) for size in (None, (64, 160), (56, 224)))
     assert "scenes_dino" in names() and (b.tokens, b.prefix, b.grid, b.tokenizer) == (197, 1, (14, 14), None)
-    state = load_file(embedded("scenes_dino.safetensors"))
+    state = load_file(asset("scenes_dino.safetensors"))
     assert all(v.equal(state[k]) for m in (b, wide) for k, v in m.model.state_dict().items())
     assert (wide.grid, same_count.grid) == ((8, 20), (7, 28))
     x = torch.randn(1, 3, *b.size, generator=torch.Generator().manual_seed(0))
@@ -90,6 +92,6 @@ def test_the_shipped_vit():
     assert maps.shape == (1, 2, 197) and ((maps - truth).abs().max() / truth.max()).item() < 1e-4
     told = "scenes_clip.safetensors does not fit scenes_dino: .* the file looks like an open_clip CLIP"
     with pytest.raises(WeightsError, match=told) as caught:
-        load("scenes_dino", weights=embedded("scenes_clip.safetensors"))
+        load("scenes_dino", weights=asset("scenes_clip.safetensors"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nearest good sizes"): load("scenes_dino", image_size=100)

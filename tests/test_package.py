@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from PIL import Image
-from ultra_nb.data import scene
+from ultra_nb.scenes import scene
 from ultra_nb.explanation_maps import explain
 from ultra_nb.models import load
 
@@ -126,7 +126,9 @@ def test_imports_need_only_core_requirements(home, tmp_path):
 USE = """
 import torch
 from PIL import Image
-from ultra_nb.data import check_assets, read_pairs, scene
+from ultra_nb.posts import read_pairs
+from ultra_nb.scenes import scene
+from ultra_nb.weights import check_assets
 from ultra_nb.explanation_maps import explain
 from ultra_nb.explorer import explore
 from ultra_nb.models import load

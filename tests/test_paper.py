@@ -2,7 +2,7 @@
 import importlib, json, re
 from pathlib import Path
 import pytest
-from ultra_nb.reproduction import ENTRIES, paper_table
+from ultra_nb.entries import ENTRIES, paper_table
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))

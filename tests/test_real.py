@@ -2,10 +2,10 @@
 import json, os
 from pathlib import Path
 import pytest, torch
-from ultra_nb.data import read_image
+from ultra_nb.images import read_image
 from ultra_nb.explanation_maps import explain, minmax, suppress_self
 from ultra_nb.models import load
-from ultra_nb.reproduction import per_token_maps
+from ultra_nb.benchmark import per_token_maps
 
 KIT = Path(os.environ.get("ULTRA_NB_KIT", Path(__file__).parent.parent.parent / "shared" / "kit"))
 pytestmark = pytest.mark.skipif(not KIT.exists(), reason="no folder with real weights and photographs")

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from ultra_nb.cli import ENTRY_NAMES, main
 from ultra_nb.records import read_json, sealed, unsealed, write_json
-from ultra_nb.reproduction import report_page
+from ultra_nb.report import report_page
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):

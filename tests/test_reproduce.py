@@ -5,8 +5,8 @@ import numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
 from safetensors.torch import save_file
 from ultra_nb.cli import ENTRY_NAMES, main
-from ultra_nb.data import scene
-from ultra_nb.reproduction import ENTRIES, PAPER_MODELS, entries, paper_table
+from ultra_nb.scenes import scene
+from ultra_nb.entries import ENTRIES, PAPER_MODELS, entry_names, paper_table
 
 def command(out, *what):
     return [sys.executable, "-m", "ultra_nb.cli", "reproduce", *what, "--limit", "4", "--out", str(out)]
@@ -85,7 +85,7 @@ def test_one_process_at_a_time(done, capsys):
     assert "another process is writing" in capsys.readouterr().err
 
 def test_every_table_and_figure_has_an_entry():
-    assert entries() == ENTRY_NAMES == [f"table{i}" for i in range(1, 9)] + [f"fig{i}" for i in range(1, 14)]
+    assert entry_names() == ENTRY_NAMES == [f"table{i}" for i in range(1, 9)] + [f"fig{i}" for i in range(1, 14)]
     assert all(e.title and e.needs and e.seconds for e in ENTRIES.values())
     assert sum(e.seconds for e in ENTRIES.values()) < 20 * 60
 

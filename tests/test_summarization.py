@@ -7,9 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 import child
 from ultra_nb.cli import main
-from ultra_nb.data import post, read_posts
-from ultra_nb.models import find_blocks, load
-from ultra_nb.reproduction import per_token_maps
+from ultra_nb.posts import post, read_posts
+from ultra_nb.models import load
+from ultra_nb.preliminaries import find_blocks
+from ultra_nb.benchmark import per_token_maps
 from ultra_nb.summarization import contribution_scores, join, text_figure, word_scores
 
 ROOT = Path(__file__).parent.parent
@@ -78,13 +79,13 @@ import sys, torch
 sys.path.insert(0, {root!r})
 from ultra_nb.explanation_maps import explain
 from ultra_nb.models import load
-from ultra_nb.reproduction import _resident
+from ultra_nb.benchmark import resident_memory
 from ultra_nb.summarization import explaining_memory
 net = load("tldr_llama").model
 explain(net, dict(input_ids=torch.randint(800, (1, 16))), mode="diagonal")
-before = _resident("VmRSS")
+before = resident_memory("VmRSS")
 explain(net, dict(input_ids=torch.randint(800, (1, 2048))), tokens=range(2020, 2048), mode="diagonal")
-print((_resident("VmHWM") - before) / 2**30, explaining_memory(net.config, 2048, "diagonal")["total"])
+print((resident_memory("VmHWM") - before) / 2**30, explaining_memory(net.config, 2048, "diagonal")["total"])
 """
 
 def test_two_thousand_tokens_take_the_memory_that_is_stated():
@@ -141,7 +142,7 @@ def test_truncate_keeps_the_summary(folder, tmp_path, capsys):
     assert "whole summary" in page.read_text()
 
 def test_train_from_a_settings_file(folder, tmp_path, capsys):
-    from ultra_nb.data import asset
+    from ultra_nb.weights import asset
     pairs = tmp_path / "pairs.jsonl"
     rows = [dict(prompt=f"Is {i} a number?", chosen=" It is.", rejected=" No.") for i in range(8)]
     pairs.write_text("\n".join(map(json.dumps, rows)))
@@ -164,6 +165,6 @@ def test_train_from_a_settings_file(folder, tmp_path, capsys):
 
 def test_configurations_of_accelerate_are_read():
     from accelerate.commands.config.config_args import load_config_from_file
-    from ultra_nb.data import asset
+    from ultra_nb.weights import asset
     for name, processes in dict(cpu=1, gpu=1, fsdp=4).items():
         assert load_config_from_file(str(asset(f"accelerate_{name}.yaml"))).num_processes == processes

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import child
 from ultra_nb.explanation_maps import explain, latents
 from ultra_nb.preliminaries import attention_rollout, attention_tap, class_map, find_blocks
-from ultra_nb.reproduction import per_token_maps
+from ultra_nb.benchmark import per_token_maps
 
 WORDS = dict(input_ids=torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0)))
 SIZES = child.SIZES | dict(vocab_size=50)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from scipy.io import savemat
 import child
 import ultra_nb.preliminaries as preliminaries
-from ultra_nb.data import open_data, scenes
+from ultra_nb.datasets import open_data, scenes
 from ultra_nb.explanation_maps import explain, minmax, upsample
 from ultra_nb.interpretability_metrics import itiou_test, patch_classes, patch_maps, ultra_rows
-from ultra_nb.models import embedded, load
+from ultra_nb.models import load
+from ultra_nb.weights import asset
 from ultra_nb.preliminaries import attention_tap, class_map
 from ultra_nb.segmentation import segment
 from ultra_nb.self_consistency import Projection
@@ -169,11 +170,11 @@ def test_2_class_names_that_a_tokenizer_does_not_know_cost_one_row(classes, tmp_
 PEAK = """
 import sys
 import child, ultra_nb.cli
-from ultra_nb.reproduction import _resident
+from ultra_nb.benchmark import resident_memory
 child.warm()
 child.limited()
 code = ultra_nb.cli.main(sys.argv[1:])
-print(code, _resident("VmHWM")) # ru_maxrss would count the process that started this one
+print(code, resident_memory("VmHWM")) # ru_maxrss would count the process that started this one
 """
 
 @pytest.mark.parametrize("command", ["evaluate", "itiou"])
@@ -422,7 +423,7 @@ def test_6_masks_that_ignore_every_pixel_measure_nothing(command, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 def test_6_weights_that_are_whole_or_complex_numbers_are_refused(dtype, ending, tmp_path):
-    state = load_file(embedded("scenes_clip.safetensors"))
+    state = load_file(asset("scenes_clip.safetensors"))
     state["visual.conv1.weight"] = state["visual.conv1.weight"].to(dtype)
     (save_file if ending == ".safetensors" else torch.save)(state, tmp_path / f"weights{ending}")
     refused(f"segment --layer 2 --clusters 2 --weights weights{ending}", tmp_path, "visual.conv1.weight")
@@ -587,7 +588,7 @@ def test_8_tensors_of_an_odd_kind_are_one_short_line(what, tmp_path):
     refused("segment --layer 2 --clusters 2 --weights weights.pth", tmp_path, "weights.pth")
 
 def test_8_a_file_that_holds_no_projection_is_one_short_line(tmp_path):
-    file = embedded("scenes_clip.safetensors")
+    file = asset("scenes_clip.safetensors")
     refused(["explain", "--layer", "2", "--token", "3", "--scalar", file], tmp_path, "not a projection W")
 
 def shell(line, folder, **env):

@@ -17,7 +17,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant, causal_lower_righ
 from torch.nn.functional import scaled_dot_product_attention as bound_early
 from torch.overrides import TorchFunctionMode
 from ultra_nb.explanation_maps import explain
-from ultra_nb.models import find_blocks
+from ultra_nb.preliminaries import find_blocks
 
 SECONDS = 60 # that a case may take
 SCALARS = {"sum": lambda z: z.sum(-1), "energy": lambda z: (z * z).sum(-1)}

@@ -17,9 +17,9 @@ from inspect import signature
 from threading import get_ident, local
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, CausalVariant
+import torch.nn.functional as F
 
 # %% ../nbs/00_preliminaries.ipynb #df05853c
 def paper_block(z:Tensor, # latent tokens $z^{(l-1)}$ [B, N, D]
