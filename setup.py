@@ -17,5 +17,6 @@ setup(
     extras_require={**extras, "all": sorted({r for group in extras.values() for r in group})},
     packages=["ultra_nb", "ultra_nb.assets"], package_dir={"ultra_nb.assets": "data"},
     package_data={"ultra_nb": ["py.typed", "report.html"], "ultra_nb.assets": ["*"]},
-    entry_points={"console_scripts": ini["console_scripts"].split(), "nbdev": [f"{ini['lib_name']}={ini['lib_name']}._modidx:d"]}, zip_safe=False,
+    entry_points={"console_scripts": ini["console_scripts"].split(),
+                  "nbdev": [f"{ini['lib_name']}={ini['lib_name']}._modidx:d"]}, zip_safe=False,
 )

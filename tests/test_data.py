@@ -36,7 +36,7 @@ def test_a_damaged_image_is_an_image_or_one_line(tmp_path, kind, mode):
 
 def test_importing_data_is_light():
     heavy = "{'torch', 'timm', 'open_clip', 'transformers', 'matplotlib', 'scipy'}"
-    code = f"import sys, ultra_nb.data; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, ultra_nb.datasets, ultra_nb.posts; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

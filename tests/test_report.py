@@ -127,5 +127,5 @@ def test_what_is_in_records_is_escaped(report, tmp_path):
 
 def test_an_installed_package_has_no_studies(report, monkeypatch):
     assert "Which scalar is best without training?" in report_page(report)
-    monkeypatch.setattr("ultra_nb.reproduction.study_record", lambda name: None)
+    monkeypatch.setattr("ultra_nb.report.study_record", lambda name: None)
     assert "this copy of ultra_nb has none" in report_page(report)

@@ -65,7 +65,7 @@ def test_what_is_gone_or_other_is_made_again(done, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "fig1    complete" in said and "table8  tables/table8.csv is gone: made again" in said
     assert (done / "tables/table8.csv").exists()
-    monkeypatch.setattr("ultra_nb.reproduction.code_hash", lambda: "other")
+    monkeypatch.setattr("ultra_nb.entries.code_hash", lambda: "other")
     assert main(["reproduce", "fig1", "--limit", "3", "--out", str(done)]) == 0
     assert "fig1    made with other code: made again" in capsys.readouterr().out
 

@@ -974,7 +974,6 @@ d = { 'settings': { 'branch': 'main',
                                   'ultra_nb.weights.misfit': ('library/weights.html#misfit', 'ultra_nb/weights.py'),
                                   'ultra_nb.weights.model_misfit': ('library/weights.html#model_misfit', 'ultra_nb/weights.py'),
                                   'ultra_nb.weights.read_weights': ('library/weights.html#read_weights', 'ultra_nb/weights.py'),
-                                  'ultra_nb.weights.sha256': ('library/weights.html#sha256', 'ultra_nb/weights.py'),
                                   'ultra_nb.weights.shards': ('library/weights.html#shards', 'ultra_nb/weights.py'),
                                   'ultra_nb.weights.shortened': ('library/weights.html#shortened', 'ultra_nb/weights.py'),
                                   'ultra_nb.weights.unwrap': ('library/weights.html#unwrap', 'ultra_nb/weights.py')}}}

@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from .images import to_rgb
@@ -66,15 +67,15 @@ class Backbone:
     model:nn.Module # called with pixels [B, 3, H, W] (for CLIP the vision tower), or a causal language model
     blocks:list # the L transformer blocks, in order
     width:int # D, numbers per token
-    grid:tuple|None=None # (h, w) patches; None for language
+    grid:tuple[int, int]|Any=None # (h, w) patches; None for language
     prefix:int=0 # tokens before the patches: CLS and registers
-    size:tuple|None=None # (H, W) of the input, pixels
+    size:tuple[int, int]|Any=None # (H, W) of the input, pixels; None for language
     mean:tuple|None=None # per channel, of values in 0..1
     std:tuple|None=None # per channel
     name:str="" # as given to `load`
     weights_hash:str|None=None # `checksum` of the weights; None where no file was read
     clip:nn.Module|None=None # the whole CLIP, for zero-shot use
-    tokenizer:object=None # text -> ids, for language and CLIP
+    tokenizer:Any=None # text -> ids, for language and CLIP
 
     @property
     def depth(self) -> int: # L; the layers of the paper are 1..L+1
@@ -82,7 +83,7 @@ class Backbone:
         return len(self.blocks)
 
     @property
-    def tokens(self) -> int|None: # N; None for language, where the text decides
+    def tokens(self) -> int|Any: # N; None for language, where the text decides
         "Number of tokens, prefix included"
         return None if self.grid is None else self.prefix + math.prod(self.grid)
 

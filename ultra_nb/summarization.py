@@ -141,7 +141,7 @@ def contribution_scores(model:nn.Module|Backbone, # any causal language model of
                         separator:str=SEPARATOR, # of `join`
                         truncate:bool=False, # of `join`
                         explainer:Callable|None=None # of `interpretability_metrics.EXPLAINERS`, to put in ULTra's place
-                       ) -> Scores|list[Scores]: # a list for a batch
+                       ) -> Scores|Any: # a list of them for a batch
     """How much every token of a context contributes to its summary (eq. 15). Raises ValueError as `join` and `explain`
     do, and for another number of summaries than contexts"""
     contexts, summaries = ([texts] if isinstance(texts, str) else texts for texts in (context, summary))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WeightsError', 'shortened', 'unwrap', 'read_weights', 'checksum', 'guess_model', 'misfit', 'model_misfit', 'fetch',
-           'json_object', 'shards', 'fetch_folder', 'asset_dir', 'asset', 'sha256', 'listed_sums', 'check_assets']
+           'json_object', 'shards', 'fetch_folder', 'asset_dir', 'asset', 'listed_sums', 'check_assets']
 
 # %% ../nbs/library/weights.ipynb #65ce5139
 import argparse, hashlib, json, pickle, re, threading, warnings, zipfile
@@ -272,12 +272,8 @@ def asset(name:str # file name, for example `"scenes_clip.safetensors"`
     path = asset_dir()/name
     if path.is_file(): return path
     there = ", ".join(sorted(p.name for p in asset_dir().glob("*")))
-    raise FileNotFoundError(f"no file {name!r} ships with ultra_nb; there are {there}")
-
-# %% ../nbs/library/weights.ipynb #d21e61ed
-def sha256(path:str|Path) -> str: # 64 hexadecimal digits
-    "Checksum of one file"
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    raise FileNotFoundError(f"no file {name!r} ships with ultra_nb; there are {there}. "
+                            "If it should be there, install ultra_nb again")
 
 # %% ../nbs/library/weights.ipynb #f7bb0a14
 def listed_sums(folder:Path|None=None # folder with a `SHA256SUMS`; None = `asset_dir()`
@@ -292,5 +288,5 @@ def check_assets(folder:Path|None=None # folder with a `SHA256SUMS`; None = `ass
     "Compare every shipped file with `SHA256SUMS`"
     folder, listed = folder or asset_dir(), listed_sums(folder)
     files = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".py" and p.name != "SHA256SUMS"]
-    found = {p.name: sha256(p) for p in files}
+    found = {p.name: checksum(p) for p in files}
     return sorted(name for name in listed | found if listed.get(name) != found.get(name))
