@@ -153,7 +153,7 @@ def test_module_runs_and_help_is_light():
 
 def test_interrupt_has_its_own_exit_code(monkeypatch, capsys):
     def stop(path): raise KeyboardInterrupt
-    monkeypatch.setattr("ultra_nb.cli._picture", stop)
+    monkeypatch.setattr("ultra_nb.cli._image_or_example", stop)
     assert main(["explain", "--out", "never.png"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -74,6 +74,12 @@ def code_hash() -> str: # 64 hexadecimal digits
     files = sorted(p for p in Path(ultra_nb.__file__).parent.glob("*.py") if p.stem not in aside)
     return _json_hash([checksum(p) for p in (*files, asset("paper_results.csv"))])
 
+def _revisions(repo):
+    "Commits of a repository that are in the hub's cache"
+    from huggingface_hub import scan_cache_dir
+    found = [r for r in scan_cache_dir().repos if r.repo_id == repo]
+    return sorted(revision.commit_hash for r in found for revision in r.revisions)
+
 # %% ../nbs/library/00_entries.ipynb #c0d61517
 class Holdings:
     "Weights and data that are here, and what to do about those that are not"
@@ -138,9 +144,7 @@ class Holdings:
             return checksum(path) if path.is_file() else str(self.weights[name])
         repo, _ = where(name)
         if not repo: return checksum(asset(f"{name}.safetensors"))
-        from huggingface_hub import scan_cache_dir
-        found = [r for r in scan_cache_dir().repos if r.repo_id == repo]
-        return sorted(revision.commit_hash for r in found for revision in r.revisions)
+        return _revisions(repo)
 
 # %% ../nbs/library/00_entries.ipynb #00abc500
 class Sources(Holdings):
