@@ -139,7 +139,7 @@ def causal(name:str, # "Llama", as transformers calls its configuration
 def llama(**sizes): return causal("Llama", **SIZES | dict(vocab_size=50) | sizes)
 
 def language_model(folder:Path, **options) -> Path: # of save_pretrained
-    "A folder with a tiny Llama and the tokenizer of the asset one, as transformers saves them"
+    "A folder with a tiny Llama and the tokenizer of the embedded one, as transformers saves them"
     import transformers
     from ultra_nb.weights import asset
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)

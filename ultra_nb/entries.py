@@ -232,7 +232,7 @@ class Entry:
     "A table or figure of the paper"
     title: str
     needs: str # in words
-    seconds: int # asset
+    seconds: int # embedded
     make: Callable # Sources to Made
 
 # %% ../nbs/library/00_entries.ipynb #c11c7782
@@ -646,8 +646,8 @@ def beside_paper(name:str, # "table1", ..
     if "ours" in table: table["difference"] = (table.ours - table.paper).round(1).where(table.status == "reproduced")
     scalars = tuple({PAPER_SCALARS.get(scalar, "ULTra_S") for scalar in table.scalar[table.method == "ULTra"]})
     scenes = [run for run in runs if run["settings"]["dataset"].startswith("scenes")]
-    asset = [row for run in scenes for row in _on_scenes(run, scalars, sorted(set(table.metric)))]
-    table = pd.concat([table, pd.DataFrame(asset)], ignore_index=True)
+    embedded = [row for run in scenes for row in _on_scenes(run, scalars, sorted(set(table.metric)))]
+    table = pd.concat([table, pd.DataFrame(embedded)], ignore_index=True)
     table = table.reindex(columns=TABLE_COLUMNS).astype(dict(n="Int64"))
     return table.astype(object).where(table.notna(), "")
 
@@ -665,10 +665,10 @@ def where_above(results:dict, # layer or other place to Result
                 a:str, b:str, # two methods
                 metric:str, # that they are compared by
                 word:str, # for a place
-                paired_miou:Callable # of `evaluation` or `interpretability_metrics`
+                paired:Callable # of `evaluation` or `interpretability_metrics`
                ) -> str: # of a sentence
     "Where a method stands above and where below another, by the 95 % interval of their difference on the same images"
-    above, below, _ = sides({place: paired_miou(result, a, b) for place, result in results.items()}, metric)
+    above, below, _ = sides({place: paired(result, a, b) for place, result in results.items()}, metric)
     places = f"at {listed(above, word)} and below it at {listed(below, word)}"
     return f"{metric} of {a} is above that of {b} {places}"
 

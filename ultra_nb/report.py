@@ -116,13 +116,13 @@ def _status(name, profile, settings):
 
 # %% ../nbs/library/report.ipynb #abad8f84
 def _groups(table):
-    "ULTra's rows, those of the asset models and those of other methods apart; names as the paper writes them"
-    asset, ours = table.status == "embedded only", table.method == "ULTra"
+    "ULTra's rows, those of the embedded models and those of other methods apart; names as the paper writes them"
+    embedded, ours = table.status == "embedded only", table.method == "ULTra"
     table = table.assign(model=[f"{r.family.upper()} {r.model}".strip() for r in table.itertuples()],
                          method=[PAPER_SCALARS.get(r.scalar, r.method) for r in table.itertuples()])
-    parts = {"ULTra on the paper's models and data": table[ours & ~asset],
-             "Models and data that come with the project, not comparable with the paper's numbers": table[asset],
-             "Other methods, as the paper reports them": table[~ours & ~asset]}
+    parts = {"ULTra on the paper's models and data": table[ours & ~embedded],
+             "Models and data that come with the project, not comparable with the paper's numbers": table[embedded],
+             "Other methods, as the paper reports them": table[~ours & ~embedded]}
     return [(title, part.to_dict("records")) for title, part in parts.items() if len(part)]
 
 # %% ../nbs/library/report.ipynb #2ae0a58b
