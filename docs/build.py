@@ -67,14 +67,17 @@ def documented(name, module):
 def processed(path, lib):
     "A notebook as nbdev publishes it, and its front matter"
     steps = NBProcessor(path, STEPS)
-    exports = next((c.directives_["default_exp"][0] for c in steps.nb.cells if "default_exp" in c.directives_), None)
+    rooms = dict.fromkeys(room for cell in steps.nb.cells for key in ("default_exp", "export")
+                          for room in cell.directives_.get(key, ())) # a chapter's figures go to another than its own
+    modules = [import_module(f"{lib}.{room}") for room in rooms]
     steps.process()
     notebook = nbformat.reads(nb2str(steps.nb), 4)
     for cell in notebook.cells:
         if cell.cell_type != "code": continue
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
         if name := re.fullmatch(r"show_doc\((\S+)\)", cell.source):
-            cell.update(cell_type="markdown", source=documented(name[1], import_module(f"{lib}.{exports}")))
+            home = next(module for module in modules if hasattr(module, name[1].split(".")[0]))
+            cell.update(cell_type="markdown", source=documented(name[1], home))
     return notebook, yaml.safe_load(notebook.cells.pop(0).source.strip().strip("-"))
 
 def page(notebook, lead, root, hosted):

@@ -2,6 +2,7 @@
 from pathlib import Path
 from random import Random
 import crash
+import ultra_nb.reproduction # noqa: F401 - before `write_bytes` is another, which it would keep
 
 def test_a_sample_of_all_points():
     chosen = crash.points()
