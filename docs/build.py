@@ -100,7 +100,8 @@ def navigation(titles, here, root, headings):
 def build(site):
     cfg = get_config()
     found = {}
-    for source in sorted(nbglob(cfg.nbs_path, as_path=True), key=lambda p: (len(p.parts), p.stem != "index", p.stem)):
+    chapters_first = lambda path: (len(path.parts), path.parent.name, path.stem != "index", path.stem)
+    for source in sorted(nbglob(cfg.nbs_path, as_path=True), key=chapters_first):
         name = source.relative_to(cfg.nbs_path).with_name(re.sub(r"^\d+_", "", source.stem) + ".html").as_posix()
         found[name] = processed(source, cfg.lib_name)
     titles = {name: front["title"] for name, (_, front) in found.items()}
