@@ -20,12 +20,13 @@ class Done:
 
 WARM = """accelerate datasets jinja2 open_clip scipy.io seaborn sklearn.cluster timm tokenizers transformers
     matplotlib.backends.backend_pdf matplotlib.backends.backend_svg torchvision.datasets torchvision.transforms.v2
-    ultra_nb.cli ultra_nb.reproduction PIL.Image""".split()
+    ultra_nb.cli ultra_nb.reproduction""".split()
 
 def warm():
     "Imports what any command may import"
-    modules = {name: import_module(name) for name in WARM}
-    modules["PIL.Image"].init()
+    from PIL import Image
+    for name in WARM: import_module(name)
+    Image.init()
 
 def run(argv:list|str, # of `ultra-nb`; a string is split at white space
         folder:Path, # where it runs

@@ -2,7 +2,6 @@
 from pathlib import Path
 from random import Random
 import crash
-import ultra_nb.reproduction # noqa: F401 - before `write_bytes` is another, which it would keep
 
 def test_a_sample_of_all_points():
     chosen = crash.points()
@@ -11,6 +10,7 @@ def test_a_sample_of_all_points():
 
 def test_the_harness_sees_half_a_file(monkeypatch):
     "As a file is that is written in place"
+    crash.loaded() # all that keeps `write_bytes`, before it is another
     monkeypatch.setattr("ultra_nb.records.write_bytes", lambda path, content: Path(path).write_bytes(content))
     monkeypatch.setattr(crash, "whole", crash.whole.__wrapped__)
     log = crash.whole("itiou").log

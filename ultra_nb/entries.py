@@ -620,7 +620,7 @@ def _not_run(row, here):
 
 # %% ../nbs/02_segmentation.ipynb #c0b455b4
 TABLE_COLUMNS = ["dataset", "method", "scalar", "family", "model", "metric",
-           "paper", "ours", "95 %", "difference", "n", "protocol", "status"]
+                 "paper", "ours", "95 %", "difference", "n", "protocol", "status"]
 
 def _on_scenes(run, scalars, metrics):
     "Rows for a run on scenes: ULTra with some scalars, and what is not ULTra"
