@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate a folder": Command(f"evaluate folder --root own --protocol dataset-majority --clusters 3 {RUN}"),
     "perturb": Command(f"perturb scenes --tokens 1 {RUN}"),
     "itiou": Command(f"itiou scenes {RUN}"),
+    "dashboard": Command("dashboard scenes --limit 2 --layer 2 --out out"),
     "fit-w": Command("fit-w scenes --images 8 --layer 2 --k 2 --passes 1 --force", ("W.safetensors",)),
     "explain": Command(f"{MAP} new/figure.png"),
     "explain, pdf": Command(f"{MAP} figure.pdf", ("figure.pdf",)),

@@ -115,6 +115,7 @@ BASE = { # quick commands that work, to be spoiled
     "evaluate": f"{EVALUATE} --limit 2",
     "perturb": "perturb folder --root own --layer 2 --tokens 1 --limit 2",
     "itiou": "itiou folder --root own --layer 2 --limit 2",
+    "dashboard": "dashboard folder --root own --layer 2 --limit 2",
     "fit-w": f"{FIT} --out new.safetensors",
     "data": "data folder --root own",
     "summarize": SUMMARIZE,

@@ -168,6 +168,7 @@ WRONG = { # what is missing or wrong: the command's own usage, then one line
     "evaluate": "required: DATASET", "evaluate scenes --k 3 --threshold 0.4": "not allowed with",
     "perturb": "required: DATASET", "perturb scenes --share": "expected at least one argument",
     "itiou": "required: DATASET", "itiou scenes --tau x": "invalid float value: 'x'",
+    "dashboard": "required: DATASET", "dashboard scenes --tau .2": "unrecognized arguments: --tau",
     "fit-w": "required: DATASET", "fit-w scenes --kind dust": "invalid choice: 'dust'",
     "data voc potsdam": "unrecognized arguments: potsdam", "data --root": "expected one argument",
     "summarize": "required: FILE", "summarize post.txt --scalar mean": "invalid choice: 'mean'",

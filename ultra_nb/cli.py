@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'CONTROL', 'EXAMPLE', 'SEVERAL', 'PROTOCOL_NAMES', 'ENTRY_NAMES', 'command', 'parser', 'main',
            'explain_command', 'segment_command', 'evaluate_command', 'perturb_command', 'itiou_command',
-           'fit_w_command', 'data_command', 'summarize_command', 'train_command', 'reproduce_command', 'doctor_command',
-           'bench_command']
+           'dashboard_command', 'fit_w_command', 'data_command', 'summarize_command', 'train_command',
+           'reproduce_command', 'doctor_command', 'bench_command']
 
 # %% ../nbs/library/cli.ipynb #ae4645ba
 import argparse, contextlib, os, re, signal, sys, threading, warnings
@@ -416,23 +416,27 @@ def _dataset_options(parser):
     _device_option(parser)
 
 # %% ../nbs/library/cli.ipynb #2a22409d
+def _run_options(parser):
+    "A data set, a model that sees it, and where rows are kept"
+    _dataset_options(parser)
+    parser.add_argument("--limit", type=int, action=_InRange, metavar="N", help="the first N images only")
+    parser.add_argument("--out", metavar="DIR",
+                        help="folder of the run; started again with the same arguments it goes on where it was "
+                             "(default: nothing is written)")
+    parser.add_argument("--skip-bad", action="store_true", help="exit with 0 though some images could not be read")
+
 SEVERAL = ("Several processes or GPUs: accelerate launch -m ultra_nb.cli COMMAND .., "
            "with --out on a disk that all of them see.")
 
 def _measure_options(parser, scalars="sum", baselines="measure other explainers and random maps too"):
     "Options of every measurement on a data set"
-    _dataset_options(parser)
+    _run_options(parser)
     parser.add_argument("--scalar", action="append", metavar="F",
                         help="sum, energy, normalized, or a W.safetensors file; may be given again "
                              f"(default: {scalars})")
     parser.add_argument("--order", choices=("rollout", "paper"), default="rollout",
                         help="order of the product of contributions; paper needs --mode exact (default: %(default)s)")
     parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, help=baselines)
-    parser.add_argument("--limit", type=int, action=_InRange, metavar="N", help="the first N images only")
-    parser.add_argument("--out", metavar="DIR",
-                        help="folder of the run; started again with the same arguments it goes on where it was "
-                             "(default: nothing is written)")
-    parser.add_argument("--skip-bad", action="store_true", help="exit with 0 though some images could not be read")
 
 # %% ../nbs/library/cli.ipynb #f949e49a
 def _as_segments(text):
@@ -575,6 +579,19 @@ def itiou_command(args:Namespace # of `_itiou_options`
     found = itiou_test(backbone, dataset, _explainers(args, backbone), args.tau, args.layer,
                        out=args.out, limit=args.limit)
     _print_result(found, args.skip_bad)
+
+# %% ../nbs/library/cli.ipynb #4e5a2ad5
+@command("dashboard", _run_options, help="is a model worth explaining?", epilog=SEVERAL)
+def dashboard_command(args:Namespace # of `_run_options`
+                     ) -> None:
+    """Layer by layer, of the maps of all patch tokens: how alike those of two tokens of a picture are (mean cosine in
+    percent; near 100 no single map says anything), the share of relevance in the five most popular patches, the largest
+    norm of a token over the median, how often the most relevant other patch shows the token's own class beside chance,
+    and ITIoU (eq. 17) beside that of noise and of the whole picture, with 95 % intervals over images."""
+    from ultra_nb.interpretability_metrics import dashboard
+    dataset, backbone = _dataset_and_backbone(args)
+    layers = None if args.layer is None else [args.layer]
+    _print_result(dashboard(backbone, dataset, layers, args.mode, out=args.out, limit=args.limit), args.skip_bad)
 
 # %% ../nbs/library/cli.ipynb #b0e69bf7
 def _fit_w_options(parser):
