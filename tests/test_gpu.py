@@ -1,7 +1,6 @@
 """A GPU gives the CPU's numbers: maps, segments, scores, training, and the commands with --device cuda. Left out where
 there is none."""
 import json
-from pathlib import Path
 from unittest import mock
 import numpy as np
 import pytest, timm, torch
@@ -18,6 +17,7 @@ from ultra_nb.summarization import contribution_scores
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 CLOSE = {torch.float32: 2e-5, torch.float64: 1e-10} # of the largest number
+POST = Posts("val", 1)[0]
 KINDS = ("timm", "scenes_clip", "scenes_dino", "tldr_llama")
 
 @pytest.fixture(autouse=True)
@@ -107,10 +107,10 @@ def test_segments(kind, mode, record_property):
         assert ties <= 1e-3
 
 def test_contribution_scores():
-    post = Posts("val", 1)[0]
     for mode in ("exact", "diagonal"):
-        on_cpu, on_gpu = (contribution_scores(backbone, backbone.tokenizer, post.context, post.summary, mode=mode).scores
-                          for backbone in (load("tldr_llama", device=device) for device in ("cpu", "cuda")))
+        found = [contribution_scores(backbone, backbone.tokenizer, POST.context, POST.summary, mode=mode)
+                 for backbone in (load("tldr_llama", device=device) for device in ("cpu", "cuda"))]
+        on_cpu, on_gpu = (f.scores for f in found)
         assert off(on_gpu, on_cpu) < CLOSE[torch.float32]
 
 def test_learning_w(tmp_path):
@@ -138,9 +138,8 @@ def test_a_measurement(name, tmp_path):
     assert json.loads((tmp_path / "cuda/record.json").read_text())["device"] == torch.cuda.get_device_name()
     assert results[0].keys() == results[1].keys()
     for method, expected in results[0].items():
-        for key in expected: assert results[1][method][key] == pytest.approx(expected[key], rel=.02, abs=.5), (method, key)
-
-POST = Posts("val", 1)[0]
+        for key, value in expected.items():
+            assert results[1][method][key] == pytest.approx(value, rel=.02, abs=.5), (method, key)
 
 @pytest.mark.parametrize("argv", [
     "explain --out OUT/maps.png", "explain --mode diagonal --model scenes_dino --out OUT/maps.png",
