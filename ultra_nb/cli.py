@@ -899,12 +899,7 @@ def doctor_command(args:Namespace # without options
         for good, name, what in lines: print(f"{'ok' if good else '--':3} {name:17} {what}")
 
 # %% ../nbs/library/cli.ipynb #be5ab9bb
-def _bench_options(parser):
-    "A command below the command: `ultra-nb bench maps`"
-    maps = parser.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
-        "maps", help="explanation maps: the paper's procedure, exact and diagonal",
-        description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: "
-                    "seconds per image, ratios, peak memory, share of the machine's matrix-product rate.")
+def _bench_maps_options(maps):
     maps.set_defaults(parser=maps)
     _image_options(maps)
     _device_option(maps)
@@ -915,24 +910,57 @@ def _bench_options(parser):
                       help="copies of the picture in one batch (default: %(default)s)")
     maps.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
 
+def _bench_gpu_options(gpu):
+    _device_option(gpu)
+    gpu.set_defaults(parser=gpu, device="cuda")
+    _force_option(gpu)
+    gpu.add_argument("--quick", action="store_true", help="small models, to see that all of it works, also on a CPU")
+    gpu.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+
+def _bench_options(parser):
+    "Commands below the command: `ultra-nb bench maps`, `ultra-nb bench gpu`"
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _bench_maps_options(kinds.add_parser(
+        "maps", help="explanation maps: the paper's procedure, exact and diagonal",
+        description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: "
+                    "seconds per image, ratios, peak memory, share of the machine's matrix-product rate."))
+    _bench_gpu_options(kinds.add_parser(
+        "gpu", help="all that there is to measure on a GPU, in one record",
+        description="Matrix products, maps of ViT-B/16 and ViT-L/14, their precision, contribution scores and DPO of "
+                    "Llama-2-7B, all with random weights: seconds and memory. A stage that fails leaves its error, "
+                    "and the others go on."))
+
 # %% ../nbs/library/cli.ipynb #910abf05
+def _bench_maps(args):
+    "What was measured, as text and as `write_record` takes it"
+    from ultra_nb.benchmark import bench_maps, bench_table
+    settings = dict(name=args.model, weights=args.weights, image_size=args.image_size)
+    backbone = _backbone(args)
+    image, scalar = _image_or_example(args.image), _scalar(args.scalar, backbone, args.layer)
+    found = bench_maps(backbone, settings, image, args.layer, scalar, args.repeats, args.batch)
+    settings |= dict(layer=args.layer, scalar=args.scalar, repeats=args.repeats, batch=args.batch)
+    return bench_table(found), dict(metrics=found, n=args.batch, settings=settings, weights_hash=backbone.weights_hash)
+
+def _bench_gpu(args):
+    "What was measured, as text and as `write_record` takes it"
+    import torch
+    from ultra_nb.benchmark import bench_gpu, gpu_table
+    found = bench_gpu(torch.device(args.device), args.quick)
+    return gpu_table(found), dict(metrics=found, n=1, settings=dict(quick=args.quick), seed=0)
+
 @command("bench", _bench_options, help="measure speed and memory")
 def bench_command(args:Namespace # of `_bench_options`
                  ) -> None:
     "Measures speed and memory."
     from ultra_nb.records import write_record
-    from ultra_nb.benchmark import bench_maps, bench_table
     if args.out: _check_writable(args.out, ".json", force=args.force)
-    settings = dict(name=args.model, weights=args.weights, image_size=args.image_size)
-    backbone = _backbone(args)
-    image, scalar = _image_or_example(args.image), _scalar(args.scalar, backbone, args.layer)
-    found = bench_maps(backbone, settings, image, args.layer, scalar, args.repeats, args.batch)
-    print(bench_table(found))
+    table, record = (_bench_gpu if args.what == "gpu" else _bench_maps)(args)
+    print(table)
     if args.out:
-        settings |= dict(layer=args.layer, scalar=args.scalar, repeats=args.repeats, batch=args.batch)
-        write_record(args.out, found, n=args.batch, settings=settings, device=args.device,
-                     weights_hash=backbone.weights_hash, force=args.force)
+        write_record(args.out, **record, device=args.device, force=args.force)
         print(args.out)
+    failed = [name for name, stage in record["metrics"].items() if isinstance(stage, dict) and "error" in stage]
+    if failed: raise ValueError(f"not measured: {', '.join(failed)}; the reasons stand above")
 
 # %% ../nbs/library/cli.ipynb #038ebe1a
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # not in a notebook

@@ -270,13 +270,14 @@ def below(model:nn.Module|Backbone, # as in `explain`
 
 # %% ../nbs/01_explanation_maps.ipynb #562195c0
 def _room(device, on_cpu, share):
-    "Bytes to fill: a number on a CPU, a share of a GPU's memory. Depends on the machine alone"
+    "Bytes to fill: a number on a CPU; of a GPU's free memory a share, rounded down to a power of two"
     if device.type != "cuda": return on_cpu
-    return int(torch.cuda.get_device_properties(device).total_memory * share)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2**(int(share * (torch.cuda.mem_get_info(device)[0] + unused)).bit_length() - 1)
 
 # %% ../nbs/01_explanation_maps.ipynb #48304fc7
 def _chunk(taped):
-    "Targets per vector-Jacobian product: their largest tensor stays near 32 MB (fits caches), or a hundredth of a GPU"
+    "Targets per vector-Jacobian product: their largest tensor stays near 32 MB (fits caches), or a hundredth of a GPU's"
     A, D = _attention_of(taped), taped.z.shape[-1]
     B, H, N, _ = A.shape
     return max(1, _room(A.device, 2**25, .01) // (A.element_size() * B * N * max(H * N, 4 * D)))
@@ -294,7 +295,7 @@ def graph_bytes(blocks:int, # number of them
 
 # %% ../nbs/01_explanation_maps.ipynb #1d3ea8ba
 def _graph_fits(notes):
-    "Does the graph of these blocks stay below a gigabyte, or a quarter of a GPU?"
+    "Does the graph of these blocks stay below a gigabyte, or a quarter of a GPU's free memory?"
     A, z = _attention_of(notes[-1]), notes[-1].z
     return graph_bytes(len(notes), A.numel(), z.numel(), A.element_size()) < _room(A.device, GRAPH, .25)
 
@@ -333,13 +334,28 @@ def _diagonal(model, inputs, blocks, layer, scalar):
     known[question] = found is not None
     return rows if found is None else found
 
+# %% ../nbs/01_explanation_maps.ipynb #1040a551
+_ALONE = "out of memory with one target at a time: take a smaller batch or smaller inputs, or mode='diagonal'"
+
+def _in_chunks(rows, tokens, chunk):
+    "`rows` of all targets, some at a time, half as many from where memory ran out [T, ..]"
+    found = []
+    while len(tokens):
+        some = tokens[:chunk]
+        try: found.append(rows(some))
+        except torch.OutOfMemoryError:
+            if len(some) == 1: raise torch.OutOfMemoryError(_ALONE) from None
+            chunk = len(some) // 2
+        else: tokens = tokens[len(some):]
+    return torch.cat(found)
+
 # %% ../nbs/01_explanation_maps.ipynb #3e84a806
 def _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk):
     "Relevance rows [B, T, N] of some targets"
     notes, z = _checked(model, inputs, blocks, layer, _check_images)
     tokens, g = target_tokens(tokens, z.shape[1]), cotangents(scalar, z)
-    chunks = tokens.split(chunk or _chunk(notes[-1]))
-    return torch.cat([_exact_rows(notes, g, c, order) for c in chunks]).transpose(0, 1).contiguous()
+    rows = _in_chunks(lambda some: _exact_rows(notes, g, some, order), tokens, chunk or _chunk(notes[-1]))
+    return rows.transpose(0, 1).contiguous()
 
 # %% ../nbs/01_explanation_maps.ipynb #fa1715d5
 def _check_options(mode, order, chunk):

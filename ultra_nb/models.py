@@ -605,8 +605,9 @@ def load(name:str, # one of `names()`, a timm or open_clip name (or name/tag), a
          image_size=None, # whole patches, one number or (height, width) in pixels; None = the model's own
          dtype:torch.dtype=torch.float32 # of the parameters
         ) -> Backbone: # in eval mode
-    """A backbone by name; positions are resampled for another `image_size`. Raises ValueError (WeightsError) or
-    FileNotFoundError, always one line, where name, weights or size are wrong or the hub is out of reach"""
+    """A backbone by name; positions are resampled for another `image_size`. On a GPU its convolutions round to float32
+    from then on, not to TF32. Raises ValueError (WeightsError) or FileNotFoundError, always one line, where name,
+    weights or size are wrong or the hub is out of reach"""
     name, weights = str(name), weights and Path(weights).expanduser()
     if weights and not weights.exists(): raise FileNotFoundError(f"there is no weights file {weights}")
     library, spec, *expected = _KNOWN.get(name) or _find(name)
@@ -617,4 +618,5 @@ def load(name:str, # one of `names()`, a timm or open_clip name (or name/tag), a
         raise WeightsError(f"{weights} is not {name}: {found[0]} blocks of width {found[1]} "
                            f"instead of {expected[0]} of width {expected[1]}")
     (backbone.model if backbone.clip is None else backbone.clip).to(device, dtype)
+    if next(backbone.model.parameters()).is_cuda: torch.backends.cudnn.allow_tf32 = False # as in matrix products
     return backbone

@@ -71,7 +71,7 @@ def classes_of(backbone, # a vision `Backbone`
     "The model's own segmentation with W, on the patch grid"
     rows = explain(backbone, x, layer=layer, tokens=backbone.patches, scalar=W, mode=mode)
     maps = suppress_self(rows, backbone.patches, backbone.prefix)[0]
-    labels = torch.as_tensor(segment(maps, backbone.grid, backbone.grid, k=k).labels)
+    labels = torch.as_tensor(segment(maps, backbone.grid, backbone.grid, k=k).labels, device=x.device)
     return torch.stack([labels == c for c in labels.unique()])
 
 # %% ../nbs/03_self_consistency.ipynb #0d7ef742

@@ -543,12 +543,14 @@ def training_memory(config, # of a causal model of transformers
 def explaining_memory(config, # of a causal model of transformers
                       tokens:int, # N, context, separator and summary
                       mode:str="exact", # as in `explain`
-                      size:int=4 # bytes a number
+                      size:int=4, # bytes a number
+                      chunk:int=1, # targets at a time in exact mode, as in `explain`
+                      room:int=GRAPH # bytes that diagonal's one graph may take; on a GPU a quarter of what is free
                      ) -> dict: # GiB
-    "What `contribution_scores` takes; in diagonal mode on a CPU, where one graph may be kept"
+    "What `contribution_scores` takes"
     P, L, D, H = parameters(config), config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    N, diagonal, matrices = tokens, mode == "diagonal", {"exact": 3, "diagonal": 5}[mode]
+    N, diagonal, matrices = tokens, mode == "diagonal", {"exact": 3 * chunk, "diagonal": 5}[mode]
     graph = graph_bytes(L, H * N * N, N * D, size) if diagonal else 0
     return _gib(weights=size * P, tape=size * L * N * D, attention=matrices * size * H * N * N,
-                graph=graph if graph < GRAPH else 0, rows=4 * N * N if diagonal else 0,
+                graph=graph if graph < room else 0, rows=4 * N * N if diagonal else 0,
                 logits=size * N * config.vocab_size)
