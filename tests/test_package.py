@@ -132,6 +132,7 @@ from ultra_nb.scenes import scene
 from ultra_nb.weights import check_assets
 from ultra_nb.explanation_maps import explain
 from ultra_nb.explorer import explore
+from ultra_nb.images import photograph
 from ultra_nb.models import load
 from ultra_nb.summarization import summary_test, train_dpo, train_sft
 assert not check_assets()
@@ -142,7 +143,8 @@ calls = [("notebook", lambda: explore(backbone, picture)),
          ("llm", lambda: train_sft(None, None, [], "out")),
          ("llm", lambda: train_dpo(torch.nn.Linear(1, 1), None, [], "out")),
          ("llm", lambda: read_pairs("some/data")),
-         ("llm", lambda: summary_test(None, None, []))]
+         ("llm", lambda: summary_test(None, None, [])),
+         ("photographs", lambda: photograph("astronaut"))]
 for extra, call in calls:
     try: call()
     except ImportError as error: print(f"pip install 'ultra_nb[{extra}]'" in str(error), error)
@@ -156,7 +158,7 @@ def test_embedded_model_explains_from_the_wheel(home, tmp_path):
     backbone = load("scenes_clip")
     maps = explain(backbone, backbone.inputs(Image.fromarray(scene(7).image)), mode="diagonal")
     assert float(total) == pytest.approx(maps.double().square().sum().item(), rel=1e-4)
-    assert len(said) == 5 and all(line.startswith("True ") for line in said), done.stdout
+    assert len(said) == 6 and all(line.startswith("True ") for line in said), done.stdout
 
 def test_command_line(home, tmp_path):
     env = dict(PATH=os.environ["PATH"], HOME=str(tmp_path), HF_HUB_OFFLINE="1")
