@@ -50,12 +50,12 @@ def test_wheel_and_sdist_hold_what_they_should(built):
         assert "ultra-nb = ultra_nb.cli:main" in points and "ultra_nb = ultra_nb._modidx:d" in points
     with tarfile.open(next(built.glob("*.tar.gz"))) as t: inside = {n.partition("/")[2] for n in t.getnames()}
     sources = {f"data/{p.name}" for p in (ROOT / "data").iterdir()}
-    assert inside >= modules | sources | {"settings.ini", "README.md", "LICENSE", "pyproject.toml", "setup.py"}
+    assert inside >= modules | sources | {"settings.ini", "README.md", "LICENSE", "NOTICE", "pyproject.toml", "setup.py"}
     assert not [n for n in inside if re.match(r"nbs|figures|report|\.|.*\.(ipynb|pt|pth)$", n)]
 
 def test_package_is_small(wheel):
     "Embedded models come with it, so that the first picture needs no network; they may not grow without being noticed"
-    assert wheel.stat().st_size < 30 * 2**20
+    assert wheel.stat().st_size < 25e6
 
 def closure(requirements):
     "Installed distributions that these requirements bring, markers and extras heeded"

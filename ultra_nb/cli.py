@@ -12,6 +12,7 @@ __all__ = ['COMMANDS', 'CONTROL', 'EXAMPLE', 'SEVERAL', 'PROTOCOL_NAMES', 'ENTRY
 import argparse, contextlib, os, re, signal, sys, threading, warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/library/cli.ipynb #580f820b
@@ -166,12 +167,12 @@ def _as_device(text):
     return text
 
 # %% ../nbs/library/cli.ipynb #f8a45ec6
-def _model_options(parser):
+def _model_options(parser, default):
     "The model and the layer of its latent tokens"
-    parser.add_argument("--model", default="scenes_clip", metavar="NAME",
-                        help="scenes_clip or scenes_dino (come with the package), clip_vitb32, clip_vitb16, "
-                             "clip_vitl14, dino_vits16, dino_vitb16, or any name timm, open_clip or transformers "
-                             "knows (default: %(default)s)")
+    parser.add_argument("--model", default=default, metavar="NAME",
+                        help="photo_vit, scenes_clip or scenes_dino (come with the package), clip_vitb32, "
+                             "clip_vitb16, clip_vitl14, dino_vits16, dino_vitb16, or any name timm, open_clip or "
+                             "transformers knows (default: %(default)s)")
     parser.add_argument("--weights", metavar="FILE",
                         help="local weights, .safetensors or a pickle of plain tensors (default: the hub's)")
     parser.add_argument("--image-size", type=_as_size, metavar="N|HxW",
@@ -196,23 +197,21 @@ def _seed_option(parser, what):
                         help=f"{what} (default: %(default)s)")
 
 # %% ../nbs/library/cli.ipynb #7e1b2b99
-def _image_options(parser):
+def _image_options(parser, model="photo_vit"):
     "A picture, the model, and the scalar to explain"
     parser.add_argument("image", nargs="?", metavar="IMAGE",
-                        help="photograph to read (default: a scene that comes with the package)")
-    _model_options(parser)
+                        help="photograph to read (default: one of an installed package)")
+    _model_options(parser, model)
     parser.add_argument("--scalar", default="sum", metavar="F",
                         help="sum, energy, normalized, or a W.safetensors file (default: %(default)s)")
 
 # %% ../nbs/library/cli.ipynb #ed5b5d41
-EXAMPLE = 7 # seed of the embedded scene that stands in for a picture
+EXAMPLE = "astronaut" if find_spec("skimage") else "hopper" # photograph that stands in for a picture
 
 def _image_or_example(path):
-    "The picture named on the command line, or the embedded scene"
-    from PIL import Image
-    from ultra_nb.images import read_image
-    from ultra_nb.scenes import scene
-    return read_image(path) if path else Image.fromarray(scene(EXAMPLE).image)
+    "The picture named on the command line, or the example"
+    from ultra_nb.images import photograph, read_image
+    return read_image(path) if path else photograph(EXAMPLE)
 
 def _original_size(image):
     "Width and height of the picture as its file has it; a huge one is read smaller"
@@ -286,7 +285,8 @@ def _explain_options(parser):
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--token", type=int, metavar="I",
                        help="token index, 0 is CLS (default: nine tokens spread over the picture, and CLS)")
-    which.add_argument("--at", type=_as_point, metavar="X,Y", help="the token under this pixel of the picture")
+    which.add_argument("--at", type=_as_point, action="append", metavar="X,Y",
+                       help="the token under this pixel of the picture; may be given again")
     parser.add_argument("--out", default="explanation.png", metavar="FIG.png",
                         help="figure to write, .png, .pdf or .svg (default: %(default)s)")
 
@@ -296,7 +296,7 @@ def _target_tokens(args, backbone, size):
     from ultra_nb.figures import token_at
     h, w = backbone.grid
     if args.token is not None: return [args.token]
-    if args.at: return [token_at(*args.at, backbone.grid, size, backbone.prefix)]
+    if args.at: return [token_at(*point, backbone.grid, size, backbone.prefix) for point in args.at]
     spread = [backbone.prefix + (h * (2 * r + 1) // 6) * w + w * (2 * c + 1) // 6 for r in range(3) for c in range(3)]
     return sorted({*spread, *([0] if backbone.prefix else [])})
 
@@ -321,8 +321,8 @@ def _maps_figure(image, maps, tokens, backbone, layer):
 @command("explain", _explain_options, help="draw the explanation maps of latent tokens")
 def explain_command(args:Namespace # of `_explain_options`
                    ) -> None:
-    """Draws which input tokens made latent tokens of a picture what they are. Without IMAGE and --model it runs on a
-    scene and a small CLIP that come with the package."""
+    """Draws which input tokens made latent tokens of a picture what they are. Without --model it asks a small ViT that
+    comes with the package."""
     from ultra_nb.explanation_maps import minmax, suppress_self, upsample
     from ultra_nb.figures import save
     _check_writable(args.out, ".png", ".pdf", ".svg", force=args.force)
@@ -411,7 +411,7 @@ def _dataset_options(parser):
     parser.add_argument("dataset", metavar="DATASET",
                         help="scenes (drawn on demand), voc, coco-stuff, cityscapes, potsdam, or folder")
     _place_options(parser)
-    _model_options(parser)
+    _model_options(parser, "scenes_clip")
     _mode_option(parser, "diagonal")
     _device_option(parser)
 
@@ -840,7 +840,8 @@ def _packages_here():
     import platform
     from ultra_nb.records import PACKAGES, package_version
     extras = dict(core=PACKAGES, llm=["trl", "peft", "accelerate", "datasets", "rouge-score"],
-                  notebook=["jupyterlab", "ipywidgets", "anywidget"], dev=["nbdev", "pytest"])
+                  notebook=["jupyterlab", "ipywidgets", "anywidget"], photographs=["scikit-image"],
+                  dev=["nbdev", "pytest"])
     yield True, "python", platform.python_version()
     for extra, packages in extras.items():
         for package in packages:
@@ -889,7 +890,7 @@ def _bench_options(parser):
         description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: "
                     "seconds per image, ratios, peak memory, share of the machine's matrix-product rate.")
     maps.set_defaults(parser=maps)
-    _image_options(maps)
+    _image_options(maps, "scenes_clip")
     _device_option(maps)
     _force_option(maps)
     maps.add_argument("--repeats", type=int, action=_InRange, default=3, metavar="N",
