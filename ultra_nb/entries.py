@@ -200,8 +200,7 @@ class Sources(Holdings):
         there = len(self.pictures)
         return [i for i in wanted if i < there] or list(range(min(len(wanted), there)))
 
-    def number(self, most:int|None # of images; None = all
-              ) -> int|None:
+    def number(self, most:int|None) -> int|None: # of images; None = all
         "`limit` where it is smaller"
         return min(filter(None, (most, self.limit)), default=None)
 
@@ -209,7 +208,7 @@ class Sources(Holdings):
               data:Sequence[str]|None=None # likewise
              ) -> dict: # as JSON can hold it
         "All that results depend on: code, weights, data, number of images"
-        models = [*self.profile.models, *self.profile.shown, *self.profile.language.values()] if models is None else models
+        if models is None: models = [*self.profile.models, *self.profile.shown, *self.profile.language.values()]
         versions = {name: self.version(name) for name in models if not self.lacks_model(name)}
         there = [name for name in (self.profile.data if data is None else data) if not self.lacks_data(name)]
         sizes = {name: [str(self.roots.get(name, "")), len(self.data(name))] for name in there}
