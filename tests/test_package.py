@@ -50,8 +50,8 @@ def test_wheel_and_sdist_hold_what_they_should(built):
         assert "ultra-nb = ultra_nb.cli:main" in points and "ultra_nb = ultra_nb._modidx:d" in points
     with tarfile.open(next(built.glob("*.tar.gz"))) as t: inside = {n.partition("/")[2] for n in t.getnames()}
     sources = {f"data/{p.name}" for p in (ROOT / "data").iterdir()}
-    assert inside >= modules | sources | {"settings.ini", "README.md", "LICENSE", "NOTICE", "pyproject.toml",
-                                          "setup.py"}
+    documents = {"settings.ini", "README.md", "LICENSE", "NOTICE", "pyproject.toml", "setup.py"}
+    assert inside >= modules | sources | documents
     assert not [n for n in inside if re.match(r"nbs|figures|report|\.|.*\.(ipynb|pt|pth)$", n)]
 
 def test_package_is_small(wheel):

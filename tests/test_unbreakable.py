@@ -426,8 +426,8 @@ def test_6_weights_that_are_whole_or_complex_numbers_are_refused(dtype, ending, 
     state = load_file(asset("scenes_clip.safetensors"))
     state["visual.conv1.weight"] = state["visual.conv1.weight"].to(dtype)
     (save_file if ending == ".safetensors" else torch.save)(state, tmp_path / f"weights{ending}")
-    refused(f"segment --model scenes_clip --layer 2 --clusters 2 --weights weights{ending}", tmp_path,
-            "visual.conv1.weight")
+    line = f"segment --model scenes_clip --layer 2 --clusters 2 --weights weights{ending}"
+    refused(line, tmp_path, "visual.conv1.weight")
 
 # --- 7. Interrupts ----------------------------------------------------------------------------------------------------
 

@@ -200,8 +200,7 @@ class Sources(Holdings):
         there = len(self.pictures)
         return [i for i in wanted if i < there] or list(range(min(len(wanted), there)))
 
-    def number(self, most:int|None # of images; None = all
-              ) -> int|None:
+    def number(self, most:int|None) -> int|None: # of images; None = all
         "`limit` where it is smaller"
         return min(filter(None, (most, self.limit)), default=None)
 

@@ -156,7 +156,7 @@ def photograph(name:str # a key of `PHOTOGRAPHS`
     "A photograph of an installed package. Raises ValueError for another name, ImportError without scikit-image"
     if name not in PHOTOGRAPHS: raise ValueError(f"no photograph {name!r}: choose one of {', '.join(PHOTOGRAPHS)}")
     package, file, _, credit = PHOTOGRAPHS[name]
-    if not (spec := find_spec(package)):
+    if not (spec := find_spec(package)) or not spec.origin:
         raise ImportError(f"the photograph {name!r} comes with {package}: pip install 'ultra_nb[photographs]'")
     image = read_image(Path(spec.origin).parent/file)
     image.info["credit"] = credit
