@@ -89,7 +89,7 @@ def test_bad_weights_are_one_line(name, tmp_path, capsys):
     make, words = BAD_WEIGHTS[name]
     path = tmp_path / (name if "." in name else f"{name}.safetensors")
     make(path)
-    assert main(["explain", "--weights", str(path), "--out", str(tmp_path / "fig.png")]) == 1
+    assert main(["explain", "--model", "scenes_clip", "--weights", str(path), "--out", str(tmp_path / "fig.png")]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and words in said[0] and said[0].startswith("ultra-nb: "), said
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -117,13 +117,14 @@ def test_a_projection_of_the_wrong_shape_or_name(tmp_path, capsys):
     save_file({"W": torch.ones(196, 128)}, tmp_path / "W.safetensors")
     save_file({"theta": torch.ones(197, 128)}, tmp_path / "theta.safetensors")
     save_file({"W": torch.ones(197, 128)}, tmp_path / "ones.safetensors")
+    explain = ["explain", "--model", "scenes_clip"]
     weights, figures = {name: str(tmp_path / f"{name}.safetensors") for name in ("W", "theta", "ones")}, []
     for name, words in {"W": "[197, 128]", "theta": "not a projection W"}.items():
-        assert main(["explain", "--scalar", weights[name], "--out", str(tmp_path / "fig.png")]) == 1
+        assert main([*explain, "--scalar", weights[name], "--out", str(tmp_path / "fig.png")]) == 1
         assert words in capsys.readouterr().err
     for name, scalar in {"sum": "sum", "ones": weights["ones"]}.items():
         figure = tmp_path / f"{name}.png"
-        assert main(["explain", "--token", "60", "--scalar", scalar, "--out", str(figure)]) == 0
+        assert main([*explain, "--token", "60", "--scalar", scalar, "--out", str(figure)]) == 0
         figures.append(np.asarray(Image.open(figure)).astype(int))
     same, ones = figures
     assert abs(same - ones).max() <= 2
@@ -178,7 +179,7 @@ WRONG = { # what is missing or wrong: the command's own usage, then one line
     "reproduce --root DIR": "'DIR' has no name",
     "doctor who": "unrecognized arguments: who",
     "bench": "required: WHAT",
-    "bench maps --repeats": "expected one argument",
+    "bench maps --repeats": "expected one argument", "bench gpu --quick yes": "unrecognized arguments: yes",
     "bench maps a.jpg b.jpg": "unrecognized arguments: b.jpg",
 }
 

@@ -51,7 +51,9 @@ def test_maps(kind, mode, dtype):
     for scalar in ("sum", "energy", "normalized"):
         on_cpu, on_gpu = (explain(*model_and_inputs(kind, device, dtype), tokens=tokens, mode=mode, scalar=scalar)
                           for device in ("cpu", "cuda"))
-        assert on_gpu.is_cuda and off(on_gpu, on_cpu) < CLOSE[dtype]
+        # transformers makes a Llama's rotations in float32 whatever the weights are
+        assert on_gpu.is_cuda and off(on_gpu, on_cpu) < (1e-6 if kind == "tldr_llama" and dtype == torch.float64
+                                                         else CLOSE[dtype])
 
 def test_maps_of_all_tokens_in_any_chunk_twice():
     backbone, x = model_and_inputs("scenes_clip", "cuda")

@@ -50,12 +50,13 @@ def test_wheel_and_sdist_hold_what_they_should(built):
         assert "ultra-nb = ultra_nb.cli:main" in points and "ultra_nb = ultra_nb._modidx:d" in points
     with tarfile.open(next(built.glob("*.tar.gz"))) as t: inside = {n.partition("/")[2] for n in t.getnames()}
     sources = {f"data/{p.name}" for p in (ROOT / "data").iterdir()}
-    assert inside >= modules | sources | {"settings.ini", "README.md", "LICENSE", "pyproject.toml", "setup.py"}
+    documents = {"settings.ini", "README.md", "LICENSE", "NOTICE", "pyproject.toml", "setup.py"}
+    assert inside >= modules | sources | documents
     assert not [n for n in inside if re.match(r"nbs|figures|report|\.|.*\.(ipynb|pt|pth)$", n)]
 
 def test_package_is_small(wheel):
     "Embedded models come with it, so that the first picture needs no network; they may not grow without being noticed"
-    assert wheel.stat().st_size < 30 * 2**20
+    assert wheel.stat().st_size < 25e6
 
 def closure(requirements):
     "Installed distributions that these requirements bring, markers and extras heeded"
@@ -132,6 +133,7 @@ from ultra_nb.scenes import scene
 from ultra_nb.weights import check_assets
 from ultra_nb.explanation_maps import explain
 from ultra_nb.explorer import explore
+from ultra_nb.images import photograph
 from ultra_nb.models import load
 from ultra_nb.summarization import summary_test, train_dpo, train_sft
 assert not check_assets()
@@ -142,7 +144,8 @@ calls = [("notebook", lambda: explore(backbone, picture)),
          ("llm", lambda: train_sft(None, None, [], "out")),
          ("llm", lambda: train_dpo(torch.nn.Linear(1, 1), None, [], "out")),
          ("llm", lambda: read_pairs("some/data")),
-         ("llm", lambda: summary_test(None, None, []))]
+         ("llm", lambda: summary_test(None, None, [])),
+         ("photographs", lambda: photograph("astronaut"))]
 for extra, call in calls:
     try: call()
     except ImportError as error: print(f"pip install 'ultra_nb[{extra}]'" in str(error), error)
@@ -156,7 +159,7 @@ def test_embedded_model_explains_from_the_wheel(home, tmp_path):
     backbone = load("scenes_clip")
     maps = explain(backbone, backbone.inputs(Image.fromarray(scene(7).image)), mode="diagonal")
     assert float(total) == pytest.approx(maps.double().square().sum().item(), rel=1e-4)
-    assert len(said) == 5 and all(line.startswith("True ") for line in said), done.stdout
+    assert len(said) == 6 and all(line.startswith("True ") for line in said), done.stdout
 
 def test_command_line(home, tmp_path):
     env = dict(PATH=os.environ["PATH"], HOME=str(tmp_path), HF_HUB_OFFLINE="1")

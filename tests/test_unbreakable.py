@@ -269,8 +269,8 @@ def with_one(value): return ONES.index_put((torch.tensor(3), torch.tensor(5)), t
 
 BAD_W = {"NaN": with_one(torch.nan), "infinite": with_one(torch.inf), "absurd": ONES * 1e38,
          "whole numbers": ONES.long(), "complex": ONES.cfloat()}
-USES_W = {"explain": "explain --token 5 --mode diagonal --out figure.png",
-          "segment": "segment --clusters 2",
+USES_W = {"explain": "explain --model scenes_clip --token 5 --mode diagonal --out figure.png",
+          "segment": "segment --model scenes_clip --clusters 2",
           "evaluate": "evaluate scenes --limit 2 --out out",
           "perturb": "perturb scenes --limit 2 --tokens 1 --out out",
           "itiou": "itiou scenes --limit 2 --out out"}
@@ -426,7 +426,8 @@ def test_6_weights_that_are_whole_or_complex_numbers_are_refused(dtype, ending, 
     state = load_file(asset("scenes_clip.safetensors"))
     state["visual.conv1.weight"] = state["visual.conv1.weight"].to(dtype)
     (save_file if ending == ".safetensors" else torch.save)(state, tmp_path / f"weights{ending}")
-    refused(f"segment --layer 2 --clusters 2 --weights weights{ending}", tmp_path, "visual.conv1.weight")
+    line = f"segment --model scenes_clip --layer 2 --clusters 2 --weights weights{ending}"
+    refused(line, tmp_path, "visual.conv1.weight")
 
 # --- 7. Interrupts ----------------------------------------------------------------------------------------------------
 
@@ -585,7 +586,7 @@ ODD_TENSORS = {"sparse": lambda: torch.eye(50).to_sparse(),
 @pytest.mark.parametrize("what", ODD_TENSORS)
 def test_8_tensors_of_an_odd_kind_are_one_short_line(what, tmp_path):
     torch.save({"visual.proj": ODD_TENSORS[what]()}, tmp_path / "weights.pth")
-    refused("segment --layer 2 --clusters 2 --weights weights.pth", tmp_path, "weights.pth")
+    refused("segment --model scenes_clip --layer 2 --clusters 2 --weights weights.pth", tmp_path, "weights.pth")
 
 def test_8_a_file_that_holds_no_projection_is_one_short_line(tmp_path):
     file = asset("scenes_clip.safetensors")

@@ -18,8 +18,8 @@ import ultra_nb
 from .datasets import Pictures, open_data
 from .explanation_maps import explain, minmax, suppress_self, upsample
 from .figures import save, token_at
+from .images import EXAMPLE, photograph
 from .models import Backbone, load, where
-from .scenes import scene
 from .weights import asset, checksum
 
 # %% ../nbs/library/00_entries.ipynb #78383e4b
@@ -49,7 +49,7 @@ class Profile:
 
 # %% ../nbs/library/00_entries.ipynb #d51ee8cf
 PROFILES = {p.name: p for p in (
-    Profile("embedded", models=("scenes_clip", "scenes_dino"), data=("scenes",), shown=("scenes_clip",),
+    Profile("embedded", models=("scenes_clip", "scenes_dino"), data=("scenes",), shown=("photo_vit",),
             segmenter=("scenes_dino",), depth=("scenes_clip",), curves=("scenes_clip", "scenes_dino"),
             language={"after SFT": "tldr_llama_sft", "after SFT and DPO": "tldr_llama"},
             images=48, few=24, learn=64, k=3),
@@ -188,7 +188,11 @@ class Sources(Holdings):
 
     @property
     def photo(self) -> Image.Image: # of the figures with one picture
-        return Image.fromarray(scene(7).image) if self.pictures.name == "scenes" else self.pictures[0].image
+        return photograph(EXAMPLE) if self.pictures.name == "scenes" else self.pictures[0].image
+
+    @property
+    def photo_name(self) -> str: # with author and licence
+        return f"{EXAMPLE} ({self.photo.info['credit']})" if self.pictures.name == "scenes" else self.pictures.name
 
     def samples(self, wanted:Sequence[int] # places in `pictures`
                ) -> list[int]:
@@ -196,8 +200,7 @@ class Sources(Holdings):
         there = len(self.pictures)
         return [i for i in wanted if i < there] or list(range(min(len(wanted), there)))
 
-    def number(self, most:int|None # of images; None = all
-              ) -> int|None:
+    def number(self, most:int|None) -> int|None: # of images; None = all
         "`limit` where it is smaller"
         return min(filter(None, (most, self.limit)), default=None)
 
@@ -205,7 +208,7 @@ class Sources(Holdings):
               data:Sequence[str]|None=None # likewise
              ) -> dict: # as JSON can hold it
         "All that results depend on: code, weights, data, number of images"
-        models = [*self.profile.models, *self.profile.language.values()] if models is None else models
+        if models is None: models = [*self.profile.models, *self.profile.shown, *self.profile.language.values()]
         versions = {name: self.version(name) for name in models if not self.lacks_model(name)}
         there = [name for name in (self.profile.data if data is None else data) if not self.lacks_data(name)]
         sizes = {name: [str(self.roots.get(name, "")), len(self.data(name))] for name in there}
@@ -263,7 +266,7 @@ def figure_of(name:str, # of an entry with one figure
     return save(fig, path, force=True)
 
 # %% ../nbs/library/00_entries.ipynb #aeaee537
-POINTS = [(.107, .107), (.536, .321), (.393, .679), (.821, .75), (.107, .821)] # as shares of width and height
+POINTS = [(.47, .25), (.35, .62), (.07, .3), (.8, .8), (.86, .16)] # as shares of width and height
 
 def tokens_at(backbone:Backbone, # a vision backbone
               points:Sequence[tuple] # (x, y) as shares of a picture's width and height
@@ -389,14 +392,14 @@ def figure1(backbone:Backbone, # a vision backbone
     return fig
 
 # %% ../nbs/01_explanation_maps.ipynb #26e6dd38
-@entry("fig1", "Architecture of the method", "a vision model, a picture", 2)
+@entry("fig1", "Architecture of the method", "a vision model, a picture", 4)
 def _fig1(s):
     token, = tokens_at(s.shown, POINTS[1:2])
     alt = ("Diagram: a picture goes through the blocks to the latent tokens; from a scalar of one token gradients go "
            "back to every block's attention; below the blocks their contribution matrices, whose product gives the "
            "token's map, laid over the picture on the right.")
     fig = figure1(s.shown, s.photo, token)
-    return Made({"figure1": (fig, alt)}, shown=f"{s.shown.name}, token {token}, {s.pictures.name}")
+    return Made({"figure1": (fig, alt)}, shown=f"{s.shown.name}, token {token}, {s.photo_name}")
 
 # %% ../nbs/01_explanation_maps.ipynb #843ee4da
 def figure3(backbone:Backbone, # a vision backbone
@@ -419,14 +422,14 @@ def figure3(backbone:Backbone, # a vision backbone
     return fig
 
 # %% ../nbs/01_explanation_maps.ipynb #a4e12791
-@entry("fig3", "Explanation maps and binary masks", "a vision model, a picture", 2)
+@entry("fig3", "Explanation maps and binary masks", "a vision model, a picture", 4)
 def _fig3(s):
     tokens = tokens_at(s.shown, POINTS)
     alt = ("Two rows of panels. Above: the picture, then the explanation map of each of five tokens laid over it, "
            "with a square around the token's own patch. Below: each map as a black and white mask, white where it "
            "reaches the threshold.")
     fig = figure3(s.shown, s.photo, tokens)
-    shown = f"{s.shown.name}, tokens {', '.join(map(str, tokens))}, {s.pictures.name}"
+    shown = f"{s.shown.name}, tokens {', '.join(map(str, tokens))}, {s.photo_name}"
     return Made({"figure3": (fig, alt)}, shown=shown)
 
 # %% ../nbs/01_explanation_maps.ipynb #44319bd4
@@ -451,9 +454,9 @@ def figure4(backbone:Backbone, # a vision backbone
     return fig
 
 # %% ../nbs/01_explanation_maps.ipynb #7367c133
-@entry("fig4", "Maps across layers", "a vision model, a picture", 2)
+@entry("fig4", "Maps across layers", "a vision model, a picture", 15)
 def _fig4(s):
-    tokens = tokens_at(s.shown, [POINTS[i] for i in (1, 2, 4)])
+    tokens = tokens_at(s.shown, [POINTS[i] for i in (0, 1, 3)])
     first, last = (picture_maps(s.shown, s.photo, [0, *tokens], layer=l).mean((1, 2)) for l in (2, s.shown.depth + 1))
     spread = lambda maps: f"{100 * maps.mean():.0f} %"
     alt = ("Four rows: the CLS token and three patch tokens. Columns from the first layer to the last: each token's "
@@ -461,7 +464,7 @@ def _fig4(s):
            f"{spread(first[:1])} of its highest value at the first layer to {spread(last[:1])} at the last, "
            f"those of the patch tokens from {spread(first[1:])} to {spread(last[1:])}.")
     fig = figure4(s.shown, s.photo, tokens)
-    shown = f"{s.shown.name}, CLS and tokens {', '.join(map(str, tokens))}, {s.pictures.name}"
+    shown = f"{s.shown.name}, CLS and tokens {', '.join(map(str, tokens))}, {s.photo_name}"
     return Made({"figure4": (fig, alt)}, shown=shown)
 
 # %% ../nbs/02_segmentation.ipynb #d8b32985
@@ -469,9 +472,10 @@ import sys
 from functools import partial
 import pandas as pd
 from scipy.cluster.hierarchy import dendrogram
-from .datasets import DATA
+from .datasets import DATA, Sample
 from .evaluation import BASELINES, ULTRA, Case, Confusion, confusions, evaluate, match, tally, ultra
 from .figures import blend, charts, line, palette
+from .images import IGNORE
 from .interpretability_metrics import EXPLAINERS, patch_maps
 from .preliminaries import class_map
 from .records import Result, sides
@@ -877,12 +881,15 @@ def _fig12(s):
     what = "U.ACC and U.mIoU against the threshold, for ULTra_S and ULTra_E"
     return charted(s, "figure12", results, ULTRA, what, label=r"threshold $\zeta$")
 
-@entry("fig13", "The clustering tree of maps, cut at three thresholds", "a vision model, a picture", 2)
+@entry("fig13", "The clustering tree of maps, cut at three thresholds", "a vision model, a picture", 3)
 def _fig13(s):
-    alt = ("Above, a tree that joins the maps of all tokens of a picture, with dashed lines at the thresholds 0.2, "
-           "0.35 and 0.5. Below, the picture and its segments at each threshold: fewer and larger ones as it rises.")
-    fig = figure13(Case(s.segmenter, s.pictures[s.samples((15,))[0]]))
-    return Made({"figure13": (fig, alt)}, shown=f"{s.segmenter.name}, {s.pictures.name}")
+    thresholds = (.4, .6, .8) if s.shown.name == "photo_vit" else (.2, .35, .5)
+    alt = ("Above, a tree that joins the maps of all tokens of a picture, with dashed lines at the thresholds "
+           f"{', '.join(map(str, thresholds))}. Below, the picture and its segments at each threshold: fewer and "
+           "larger ones as it rises.")
+    unknown = np.full(s.photo.size[::-1], IGNORE, np.uint8) # no mask belongs to the photograph
+    fig = figure13(Case(s.shown, Sample(s.photo_name, s.photo, unknown)), thresholds)
+    return Made({"figure13": (fig, alt)}, shown=f"{s.shown.name}, {s.photo_name}")
 
 # %% ../nbs/04_interpretability_metrics.ipynb #db1f44fb
 from dataclasses import replace
@@ -924,11 +931,11 @@ def figure9(backbone:Backbone, # a vision backbone
 # %% ../nbs/04_interpretability_metrics.ipynb #9ab2fb1f
 @entry("fig9", "Perturbed inputs", "a vision model, a picture", 3)
 def _fig9(s):
-    tokens = tokens_at(s.segmenter, [(.536, .321), (.393, .607), (.679, .75)])
+    tokens = tokens_at(s.shown, [POINTS[i] for i in (0, 1, 3)])
     alt = ("A row for each of three tokens: the picture with the token's square, its map, and the picture with the "
            "most relevant (positive) or least relevant (negative) patches set to zero (mask) or to noise.")
-    fig = figure9(s.segmenter, s.pictures[s.samples((4,))[0]].image, tokens)
-    shown = f"{s.segmenter.name}, tokens {', '.join(map(str, tokens))}, {s.pictures.name}"
+    fig = figure9(s.shown, s.photo, tokens)
+    shown = f"{s.shown.name}, tokens {', '.join(map(str, tokens))}, {s.photo_name}"
     return Made({"figure9": (fig, alt)}, shown=shown)
 
 # %% ../nbs/04_interpretability_metrics.ipynb #725d42fd

@@ -277,7 +277,7 @@ def _room(device, on_cpu, share):
 
 # %% ../nbs/01_explanation_maps.ipynb #48304fc7
 def _chunk(taped):
-    "Targets per vector-Jacobian product: their largest tensor stays near 32 MB (fits caches), or a hundredth of a GPU's"
+    "Targets per vector-Jacobian product: their largest tensor stays near 32 MB (caches), or a hundredth of a GPU's"
     A, D = _attention_of(taped), taped.z.shape[-1]
     B, H, N, _ = A.shape
     return max(1, _room(A.device, 2**25, .01) // (A.element_size() * B * N * max(H * N, 4 * D)))

@@ -538,6 +538,7 @@ def _shipped(spec, name, weights, size, dtype):
 
 # %% ../nbs/library/models.ipynb #d2c782dc
 _KNOWN = dict( # name -> library, its name there, L, D
+    photo_vit=("shipped", "photo_vit", None, None),
     scenes_clip=("shipped", "scenes_clip", None, None),
     scenes_dino=("shipped", "scenes_dino", None, None),
     tldr_llama=("shipped", "tldr_llama", None, None),
