@@ -113,7 +113,7 @@ def loaded():
     "The models, loaded once, in the process that forks"
     child.warm()
     from ultra_nb.models import load
-    return {name: load(name) for name in ("scenes_clip", "scenes_dino")}
+    return {name: load(name) for name in ("photo_vit", "scenes_clip", "scenes_dino")}
 
 def quiet(models):
     "In a child: models are there, the clock stands still, nobody asks git; eight images make two steps of fit-w"

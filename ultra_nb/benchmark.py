@@ -222,8 +222,9 @@ def _rates(device, n):
 def _random_vit(name, device):
     "A timm model with random weights as a `Backbone`"
     import timm
-    torch.manual_seed(0)
-    with device: model = timm.create_model(name, num_classes=0).requires_grad_(False)
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=0).requires_grad_(False)
     return wrap(model, model.patch_embed.img_size, (.5,) * 3, (.5,) * 3, name=name)
 
 def _median(run, device, turns=5):
@@ -261,8 +262,9 @@ def _bench_precision(name, device):
 def _random_llama(sizes, device):
     "A Llama with random weights in bfloat16; Llama-2-7B without other sizes"
     from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(0)
-    with device: return LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval().requires_grad_(False)
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval().requires_grad_(False)
 
 def _long_post(tokenizer, longest):
     "A post whose context are several, one after the other, up to so many tokens"
