@@ -61,7 +61,7 @@ def same(saved, new):
 def pictures(cell):
     "The pictures among a cell's outputs, as pixels"
     found = [v for out in cell.get("outputs", []) for k, v in out.get("data", {}).items() if k.startswith("image/")]
-    return [np.asarray(Image.open(io.BytesIO(b64decode(file))).convert("RGB")) for file in found]
+    return [np.asarray(Image.open(io.BytesIO(b64decode(file))).convert("RGB"), np.int16) for file in found] # no wrap
 
 def alike(saved, new, tolerance=2): # root mean square over pixels, of 255
     "Whether two pictures show the same"
