@@ -179,7 +179,8 @@ WRONG = { # what is missing or wrong: the command's own usage, then one line
     "reproduce --root DIR": "'DIR' has no name",
     "doctor who": "unrecognized arguments: who",
     "bench": "required: WHAT",
-    "bench maps --repeats": "expected one argument", "bench gpu --device cpu --quick yes": "unrecognized arguments: yes",
+    "bench maps --repeats": "expected one argument",
+    "bench gpu --device cpu --quick yes": "unrecognized arguments: yes",
     "bench maps a.jpg b.jpg": "unrecognized arguments: b.jpg",
 }
 
