@@ -114,12 +114,12 @@ def test_bad_pictures_are_one_line(name, tmp_path, capsys):
     assert len(said) == 1 and name in said[0] and not (tmp_path / "mask.png").exists(), said
 
 def test_a_projection_of_the_wrong_shape_or_name(tmp_path, capsys):
-    save_file({"W": torch.ones(196, 128)}, tmp_path / "W.safetensors")
-    save_file({"theta": torch.ones(197, 128)}, tmp_path / "theta.safetensors")
-    save_file({"W": torch.ones(197, 128)}, tmp_path / "ones.safetensors")
+    save_file({"W": torch.ones(196, 192)}, tmp_path / "W.safetensors")
+    save_file({"theta": torch.ones(197, 192)}, tmp_path / "theta.safetensors")
+    save_file({"W": torch.ones(197, 192)}, tmp_path / "ones.safetensors")
     explain = ["explain", "--model", "scenes_clip"]
     weights, figures = {name: str(tmp_path / f"{name}.safetensors") for name in ("W", "theta", "ones")}, []
-    for name, words in {"W": "[197, 128]", "theta": "not a projection W"}.items():
+    for name, words in {"W": "[197, 192]", "theta": "not a projection W"}.items():
         assert main([*explain, "--scalar", weights[name], "--out", str(tmp_path / "fig.png")]) == 1
         assert words in capsys.readouterr().err
     for name, scalar in {"sum": "sum", "ones": weights["ones"]}.items():
@@ -179,7 +179,8 @@ WRONG = { # what is missing or wrong: the command's own usage, then one line
     "reproduce --root DIR": "'DIR' has no name",
     "doctor who": "unrecognized arguments: who",
     "bench": "required: WHAT",
-    "bench maps --repeats": "expected one argument", "bench gpu --quick yes": "unrecognized arguments: yes",
+    "bench maps --repeats": "expected one argument",
+    "bench gpu --device cpu --quick yes": "unrecognized arguments: yes",
     "bench maps a.jpg b.jpg": "unrecognized arguments: b.jpg",
 }
 

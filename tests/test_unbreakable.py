@@ -264,7 +264,7 @@ def test_5_a_compiled_model_has_the_maps_of_the_model_or_is_refused(change, func
 
 # --- 6. Wrong without a word ------------------------------------------------------------------------------------------
 
-ONES = torch.ones(197, 128)
+ONES = torch.ones(197, 192)
 def with_one(value): return ONES.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value))
 
 BAD_W = {"NaN": with_one(torch.nan), "infinite": with_one(torch.inf), "absurd": ONES * 1e38,

@@ -470,12 +470,14 @@ def _fig4(s):
 # %% ../nbs/02_segmentation.ipynb #d8b32985
 import sys
 from functools import partial
+from importlib.util import find_spec
 import pandas as pd
+from PIL import ImageOps
 from scipy.cluster.hierarchy import dendrogram
 from .datasets import DATA, Sample
 from .evaluation import BASELINES, ULTRA, Case, Confusion, confusions, evaluate, match, tally, ultra
 from .figures import blend, charts, line, palette
-from .images import IGNORE
+from .images import IGNORE, PHOTOGRAPHS
 from .interpretability_metrics import EXPLAINERS, patch_maps
 from .preliminaries import class_map
 from .records import Result, sides
@@ -531,32 +533,49 @@ def _painted(labels, classes):
     return colours[labels]
 
 # %% ../nbs/02_segmentation.ipynb #e1002b8d
-def figure2(cases:Sequence[Case], # images, a column each
+def _coloured(labels, truth, classes):
+    "The class that each pixel's segment matches"
+    return _painted(match(tally(labels, truth, labels.max() + 1, classes))[labels], classes)
+
+def figure2(cases:Sequence[Case], # images, a column each, all with masks or all without
             methods:dict # name to method, a row each
            ): # matplotlib figure
-    "Figures 2 and 8: images, true classes, segments coloured by the class they match"
-    fig, axes = panels(len(methods) + 2, len(cases), side=1.15)
+    "Figures 2 and 8: images, true classes, segments coloured by the class they match, or by the first row's segments"
+    known = any(len(case.classes) for case in cases)
+    fig, axes = panels(len(methods) + 1 + known, len(cases), side=1.15)
     for column, case in zip(axes.T, cases, strict=True):
-        classes = len(case.classes)
-        show(column[0], np.asarray(case.sample.image))
-        column[1].imshow(_painted(case.truth, classes))
-        for ax, method in zip(column[2:], methods.values(), strict=True):
-            labels = method(case)
-            matched = match(tally(labels, case.truth, labels.max() + 1, classes))
-            ax.imshow(_painted(matched[labels], classes))
-    for ax, name in zip(axes[:, 0], ["image", "truth", *methods], strict=True):
+        pixels, found = np.asarray(case.sample.image), [method(case) for method in methods.values()]
+        truth, classes = (case.truth, len(case.classes)) if known else (found[0], case.segments)
+        show(column[0], pixels)
+        if known: column[1].imshow(_painted(truth, classes))
+        for ax, labels in zip(column[1 + known:], found, strict=True):
+            painted = Image.fromarray(_coloured(labels, truth, classes))
+            ax.imshow(painted if known else Image.blend(Image.fromarray(pixels), painted, .7))
+    for ax, name in zip(axes[:, 0], ["image", *["truth"] * known, *methods], strict=True):
         ax.set_ylabel(name, fontsize=8, color=INK)
     return fig
 
 # %% ../nbs/02_segmentation.ipynb #7df2ce6e
-@entry("fig2", "Unsupervised segmentation", "a vision model, a data set", 4)
+def _without_masks(backbone, size=224, k=5):
+    "The photographs of installed packages, in k segments"
+    unknown = np.full((size, size), IGNORE, np.uint8)
+    names = [name for name, about in PHOTOGRAPHS.items() if find_spec(about.package)]
+    square = lambda name: ImageOps.fit(photograph(name), (size, size))
+    return [Case(backbone, Sample(name, square(name), unknown), k=k) for name in names]
+
+@entry("fig2", "Unsupervised segmentation", "a vision model, a data set", 8)
 def _fig2(s):
-    cases = [Case(s.segmenter, s.pictures[i]) for i in s.samples((0, 1, 4, 6, 9, 12, 15))]
-    alt = ("A column for each picture: the picture, its true classes in colours, and segments found by ULTra_S, by "
-           "ULTra_E and by clustering latent tokens, in the colours of the classes they match; dark where a segment "
-           "matches none.")
-    fig = figure2(cases, ULTRA | {"latent tokens": BASELINES["latent tokens"]})
-    return Made({"figure2": (fig, alt)}, shown=f"{s.segmenter.name}, {len(cases)} pictures of {s.pictures.name}")
+    methods = ULTRA | {"latent tokens": BASELINES["latent tokens"]}
+    alt = ("A column for each picture: the picture, its true classes in colours where they are known, and segments "
+           "found by ULTra_S, by ULTra_E and by clustering latent tokens, in the colours of what they match; dark "
+           "where a segment matches nothing.")
+    if s.pictures.name == "scenes":
+        cases = _without_masks(s.shown)
+        shown = f"{s.shown.name}; " + ", ".join(f"{c.sample.name} ({PHOTOGRAPHS[c.sample.name].credit})" for c in cases)
+    else:
+        cases = [Case(s.segmenter, s.pictures[i]) for i in s.samples((0, 1, 4, 6, 9, 12, 15))]
+        shown = f"{s.segmenter.name}, {len(cases)} pictures of {s.pictures.name}"
+    return Made({"figure2": (figure2(cases, methods), alt)}, shown=shown)
 
 # %% ../nbs/02_segmentation.ipynb #c191a6a9
 def paper_table(name:str # "table1" .. "table8"
