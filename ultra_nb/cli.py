@@ -943,6 +943,8 @@ def _bench_gpu(args):
     "What was measured, as text and as `write_record` takes it"
     import torch
     from ultra_nb.benchmark import bench_gpu, gpu_table
+    if args.device == "cpu" and not args.quick:
+        raise ValueError("a CPU would take days for Llama-2-7B: add --quick to try everything with small models")
     found = bench_gpu(torch.device(args.device), args.quick)
     return gpu_table(found), dict(metrics=found, n=1, settings=dict(quick=args.quick), seed=0)
 
