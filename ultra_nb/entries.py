@@ -18,7 +18,7 @@ import ultra_nb
 from .datasets import Pictures, open_data
 from .explanation_maps import explain, minmax, suppress_self, upsample
 from .figures import save, token_at
-from .images import EXAMPLE, photograph
+from .images import EXAMPLE, credited, photograph
 from .models import Backbone, load, where
 from .weights import asset, checksum
 
@@ -46,13 +46,14 @@ class Profile:
     few: int # and a point of a curve so many
     learn: int # training images for W
     k: int # segments an image while W is learned
+    cuts: tuple = (.2, .35, .5) # thresholds of figure 13, the paper's
 
 # %% ../nbs/library/00_entries.ipynb #d51ee8cf
 PROFILES = {p.name: p for p in (
     Profile("embedded", models=("scenes_clip", "scenes_dino"), data=("scenes",), shown=("photo_vit",),
             segmenter=("scenes_dino",), depth=("scenes_clip",), curves=("scenes_clip", "scenes_dino"),
             language={"after SFT": "tldr_llama_sft", "after SFT and DPO": "tldr_llama"},
-            images=48, few=24, learn=64, k=3),
+            images=48, few=24, learn=64, k=3, cuts=(.4, .6, .8)),
     Profile("paper", models=tuple(PAPER_MODELS.values()), data=tuple(PAPER_DATA.values()),
             shown=("clip_vitb32", "clip_vitb16", "clip_vitl14", "dino_vits16", "dino_vitb16"),
             segmenter=("dino_vitb16", "dino_vits16", "clip_vitb16", "clip_vitb32", "clip_vitl14"),
@@ -192,7 +193,7 @@ class Sources(Holdings):
 
     @property
     def photo_name(self) -> str: # with author and licence
-        return f"{EXAMPLE} ({self.photo.info['credit']})" if self.pictures.name == "scenes" else self.pictures.name
+        return credited(EXAMPLE) if self.pictures.name == "scenes" else self.pictures.name
 
     def samples(self, wanted:Sequence[int] # places in `pictures`
                ) -> list[int]:
@@ -556,12 +557,15 @@ def figure2(cases:Sequence[Case], # images, a column each, all with masks or all
     return fig
 
 # %% ../nbs/02_segmentation.ipynb #7df2ce6e
-def _without_masks(backbone, size=224, k=5):
+def _without_mask(name, image):
+    "A picture of which nobody has said what is where"
+    return Sample(name, image, np.full(image.size[::-1], IGNORE, np.uint8))
+
+def _photographs(backbone, size=224, k=5):
     "The photographs of installed packages, in k segments"
-    unknown = np.full((size, size), IGNORE, np.uint8)
     names = [name for name, about in PHOTOGRAPHS.items() if find_spec(about.package)]
     square = lambda name: ImageOps.fit(photograph(name), (size, size))
-    return [Case(backbone, Sample(name, square(name), unknown), k=k) for name in names]
+    return [Case(backbone, _without_mask(name, square(name)), k=k) for name in names]
 
 @entry("fig2", "Unsupervised segmentation", "a vision model, a data set", 8)
 def _fig2(s):
@@ -570,8 +574,8 @@ def _fig2(s):
            "found by ULTra_S, by ULTra_E and by clustering latent tokens, in the colours of what they match; dark "
            "where a segment matches nothing.")
     if s.pictures.name == "scenes":
-        cases = _without_masks(s.shown)
-        shown = f"{s.shown.name}; " + ", ".join(f"{c.sample.name} ({PHOTOGRAPHS[c.sample.name].credit})" for c in cases)
+        cases = _photographs(s.shown)
+        shown = f"{s.shown.name}; " + ", ".join(credited(case.sample.name) for case in cases)
     else:
         cases = [Case(s.segmenter, s.pictures[i]) for i in s.samples((0, 1, 4, 6, 9, 12, 15))]
         shown = f"{s.segmenter.name}, {len(cases)} pictures of {s.pictures.name}"
@@ -902,12 +906,10 @@ def _fig12(s):
 
 @entry("fig13", "The clustering tree of maps, cut at three thresholds", "a vision model, a picture", 3)
 def _fig13(s):
-    thresholds = (.4, .6, .8) if s.shown.name == "photo_vit" else (.2, .35, .5)
     alt = ("Above, a tree that joins the maps of all tokens of a picture, with dashed lines at the thresholds "
-           f"{', '.join(map(str, thresholds))}. Below, the picture and its segments at each threshold: fewer and "
+           f"{', '.join(map(str, s.profile.cuts))}. Below, the picture and its segments at each threshold: fewer and "
            "larger ones as it rises.")
-    unknown = np.full(s.photo.size[::-1], IGNORE, np.uint8) # no mask belongs to the photograph
-    fig = figure13(Case(s.shown, Sample(s.photo_name, s.photo, unknown)), thresholds)
+    fig = figure13(Case(s.shown, _without_mask(s.photo_name, s.photo)), s.profile.cuts)
     return Made({"figure13": (fig, alt)}, shown=f"{s.shown.name}, {s.photo_name}")
 
 # %% ../nbs/04_interpretability_metrics.ipynb #db1f44fb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'FORMATS', 'MAX_PIXELS', 'ORIENTATION', 'IGNORE', 'PHOTOGRAPHS', 'EXAMPLE', 'to_8bit', 'to_rgb', 'open_image',
-           'read_image', 'Photograph', 'photograph']
+           'read_image', 'Photograph', 'photograph', 'credited']
 
 # %% ../nbs/library/images.ipynb #5f70ce3e
 import threading
@@ -161,3 +161,8 @@ def photograph(name:str # a key of `PHOTOGRAPHS`
     image = read_image(Path(spec.origin).parent/file)
     image.info["credit"] = credit
     return image
+
+def credited(name:str # a key of `PHOTOGRAPHS`
+            ) -> str: # "astronaut (NASA, public domain)"
+    "The name of a photograph with author and licence"
+    return f"{name} ({PHOTOGRAPHS[name].credit})"

@@ -479,27 +479,28 @@ def popular(maps:Tensor, # one per token [T, n]
 # %% ../nbs/04_interpretability_metrics.ipynb #b593ccfb
 HEALTH = "alike", "popular", "norm", "pointing", "chance", "ITIoU", "noise", "whole"
 
-def _overlap(maps, sample, grid, tau):
-    "ITIoU of a picture, the mean over its classes"
-    return float(class_mean(itious(minmax(maps), sample.mask, grid, (tau,))["classes"])[0])
+def _overlap(maps, sample, grid, taus):
+    "ITIoU of a picture at each threshold, the mean over its classes"
+    return class_mean(itious(minmax(maps), sample.mask, grid, taus)["classes"]).tolist()
 
 def _health(backbone, x, sample, layer, mode):
-    "`HEALTH` of a layer for one picture"
-    maps, noise = (patch_maps(rows, backbone, x, layer, backbone.patches)
-                   for rows in (ultra_rows(mode=mode), random_rows))
+    "What depends on the layer of `HEALTH`, for one picture"
+    maps = patch_maps(ultra_rows(mode=mode), backbone, x, layer, backbone.patches)
     norms = latents(backbone, x, layer=layer)[0].norm(dim=-1)
-    hits, chance = class_mean(pointing(maps, patch_classes(sample.mask, backbone.grid)))
-    overlaps = (_overlap(m, sample, backbone.grid, tau) for m, tau in ((maps, .2), (noise, .2), (noise, 0.)))
-    norm = (norms.max() / norms.median()).item()
-    values = 100 * likeness(maps), popular(maps), norm, float(hits), float(chance), *overlaps
-    return dict(zip(HEALTH, values, strict=True))
+    hits, chance = class_mean(pointing(maps, patch_classes(sample.mask, backbone.grid))).tolist()
+    inside, = _overlap(maps, sample, backbone.grid, (.2,))
+    return dict(alike=100 * likeness(maps), popular=popular(maps), norm=(norms.max() / norms.median()).item(),
+                pointing=hits, chance=chance, ITIoU=inside)
 
 # %% ../nbs/04_interpretability_metrics.ipynb #67ed5658
 def _health_row(backbone, sample, layers, mode):
     "`HEALTH` by layer as JSON can hold it; nothing where no class owns a patch"
     if (patch_classes(sample.mask, backbone.grid) == IGNORE).all(): return dict(layers={})
     x = backbone.inputs(sample.image)
-    return dict(layers={f"layer {layer}": _health(backbone, x, sample, layer, mode) for layer in layers})
+    random = patch_maps(random_rows, backbone, x, layers[-1], backbone.patches)
+    noise, whole = _overlap(random, sample, backbone.grid, (.2, 0.))
+    found = {f"layer {layer}": _health(backbone, x, sample, layer, mode) for layer in layers}
+    return dict(layers={name: values | dict(noise=noise, whole=whole) for name, values in found.items()})
 
 def _health_metrics(rows, names, seed):
     "Metrics and details of a `Result`"
