@@ -124,6 +124,7 @@ def main(argv:list[str]|None=None # arguments; None = the command line's
             return 141
         except BaseException as error:
             if came or _interrupted(error):
+                exec("") # Python ends by the signal otherwise, where code made from text was interrupted
                 print("ultra-nb: interrupted", file=sys.stderr)
                 return 130
             if not isinstance(error, Exception) or os.environ.get("ULTRA_NB_DEBUG"): raise
