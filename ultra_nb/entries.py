@@ -909,7 +909,7 @@ def figure8(cases:Sequence[Case], # images with full labels, a column each
             poor:Sequence[Case], # the same with poor ones
             names:Sequence[str] # of the classes of both
            ): # matplotlib figure
-    "Figure 8: images, labels that leave things out, segments of ULTra_S, and full labels; how right each labels them"
+    "Figure 8: images, labels that leave things out, segments of ULTra_S, full labels, and what is right by either"
     fig, axes = panels(4, len(cases), side=1.15)
     legend, own = _class_colours([*cases, *poor], names)
     for i, (column, full) in enumerate(zip(axes.T, cases, strict=True)):
