@@ -520,7 +520,8 @@ def _print_result(found, skip_bad):
 def evaluate_command(args:Namespace # of `_evaluate_options`
                     ) -> None:
     """Segments every image of a data set by clustering explanation maps, matches segments with classes by a named
-    protocol, and reports U.mIoU and U.ACC with 95 % intervals, beside baselines."""
+    protocol, and reports U.mIoU, U.ACC and per-image IoU (U.IoU) with 95 % intervals, beside baselines, and each
+    method's distance from the first on the same images."""
     from ultra_nb.evaluation import evaluate
     dataset, backbone = _dataset_and_backbone(args)
     cut = dict(k=args.k) if args.threshold is None else dict(threshold=args.threshold)

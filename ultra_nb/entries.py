@@ -720,7 +720,8 @@ def beside_paper(name:str, # "table1", ..
     if "ours" in table: table["difference"] = (table.ours - table.paper).round(1).where(table.status == "reproduced")
     scalars = tuple({PAPER_SCALARS.get(scalar, "ULTra_S") for scalar in table.scalar[table.method == "ULTra"]})
     scenes = [run for run in runs if run["settings"]["dataset"].startswith("scenes")]
-    embedded = [row for run in scenes for row in _on_scenes(run, scalars, sorted(set(table.metric)))]
+    metrics = [*sorted(set(table.metric)), "U.IoU"] # the paper has no U.IoU
+    embedded = [row for run in scenes for row in _on_scenes(run, scalars, metrics)]
     table = pd.concat([table, pd.DataFrame(embedded)], ignore_index=True)
     table = table.reindex(columns=TABLE_COLUMNS).astype(dict(n="Int64"))
     return table.astype(object).where(table.notna(), "")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'ULTRA', 'BASELINES', 'tally', 'Confusion', 'match', 'settle', 'Case', 'ultra', 'one_cluster',
            'latent_tokens', 'pixel_kmeans', 'pixel_tree', 'segment_features', 'cluster_segments', 'row_of',
-           'confusions', 'metrics_of', 'paired_miou', 'evaluate']
+           'confusions', 'image_iou', 'metrics_of', 'paired_miou', 'evaluate']
 
 # %% ../nbs/library/evaluation.ipynb #9fd265cd
 import base64
@@ -301,12 +301,26 @@ def confusions(rows:list, # of `row_of`
     return np.stack([settle(t, part) for t, part in zip(tables, given, strict=True)])
 
 # %% ../nbs/library/evaluation.ipynb #88fe8bec
-def _pixels(tables, metric):
-    "Pixels that are right, and those that a metric rests on, by image and class [n, K]"
+def _hits(tables):
+    "Pixels that are right, and those that a class has in the prediction, the truth or both, by image and class [n, C]"
     C = tables.shape[2]
     hits = np.diagonal(tables[:, :C], axis1=1, axis2=2)
-    if metric == "U.ACC": return hits.sum(1, keepdims=True), tables.sum((1, 2))[:, None]
     return hits, tables.sum(1) + tables[:, :C].sum(2) - hits
+
+def image_iou(tables:np.ndarray # [n, C + 1, C]
+             ) -> np.ndarray: # in percent [n]
+    "Mean IoU of the classes that each image has; NaN for an image without a pixel"
+    (hits, union), present = _hits(tables), tables.sum(1) > 0
+    iou = np.divide(100 * hits, union, out=np.zeros(hits.shape), where=present)
+    return np.divide(iou.sum(1), present.sum(1), out=np.full(len(tables), np.nan), where=present.any(1))
+
+# %% ../nbs/library/evaluation.ipynb #d57f3724
+def _pixels(tables, metric):
+    "What a metric divides, by image and class [n, K]: pixels that are right by those it rests on; for U.IoU, IoU by 1"
+    if metric == "U.mIoU": return _hits(tables)
+    if metric == "U.ACC": return _hits(tables)[0].sum(1, keepdims=True), tables.sum((1, 2))[:, None]
+    iou = image_iou(tables)[:, None] / 100
+    return np.nan_to_num(iou), 1. - np.isnan(iou)
 
 # %% ../nbs/library/evaluation.ipynb #cc99664d
 def _moved(hits, whole):
@@ -332,14 +346,14 @@ def _half_width(moved, share):
 
 # %% ../nbs/library/evaluation.ipynb #a82acb65
 def _scores(tables):
-    "U.mIoU and U.ACC of the summed matrix, in percent"
+    "U.mIoU and U.ACC of the summed matrix, U.IoU of the images, in percent"
     whole = Confusion(tables.shape[2], tables.sum(0))
-    return {"U.mIoU": whole.miou, "U.ACC": whole.accuracy}
+    return {"U.mIoU": whole.miou, "U.ACC": whole.accuracy, "U.IoU": float(np.nanmean(image_iou(tables)))}
 
 # %% ../nbs/library/evaluation.ipynb #1abdefc9
 def metrics_of(tables:np.ndarray, # [n, C + 1, C]
                minus:np.ndarray|None=None # of another method on the same images [n, C + 1, C]
-              ) -> dict: # percent: "U.mIoU", "U.mIoU low", .., "U.ACC", ..
+              ) -> dict: # percent: "U.mIoU", "U.mIoU low", .., "U.ACC", .., "U.IoU", ..
     "The scores of a method, or how far they are above another method's, with 95 % intervals over images"
     out: dict = {}
     for name, score in _scores(tables).items():
@@ -388,7 +402,9 @@ def _evaluation_metrics(rows, methods, classes, protocol, clusters, seed):
     if not any(row["classes"] for row in rows): raise ValueError("the masks ignore every pixel of every image")
     tables = {m: confusions(rows, m, classes, protocol, clusters, seed) for m in methods}
     iou = {m: [None if np.isnan(v) else v for v in Confusion(classes, t.sum(0)).iou] for m, t in tables.items()}
-    return {m: metrics_of(t) for m, t in tables.items()}, dict(iou=iou)
+    first, *others = methods
+    apart = {m: metrics_of(tables[m], tables[first]) for m in others}
+    return {m: metrics_of(t) for m, t in tables.items()}, dict(iou=iou, apart=apart)
 
 # %% ../nbs/library/evaluation.ipynb #052e9aa7
 def evaluate(backbone:Backbone, # a vision backbone
@@ -401,9 +417,10 @@ def evaluate(backbone:Backbone, # a vision backbone
              clusters:int|None=None, # over the data set, for its protocols; None = number of classes
              seed:int=0, # of the clustering over the data set
              **case # k, threshold, layer, mode, order, linkage, metric of `Case`
-            ) -> Result: # "U.mIoU" and "U.ACC" of each method
-    """Segments every image, matches by the protocol, reports with intervals. Raises ValueError for settings that cannot
-    work, and where `out` holds another run; images that cannot be read end up in `bad`"""
+            ) -> Result: # U.mIoU, U.ACC and U.IoU of each method
+    """Segments every image, matches by the protocol, reports with intervals, each method beside the first on the same
+    images. Raises ValueError for settings that cannot work, and where `out` holds another run; images that cannot be
+    read end up in `bad`"""
     _check_protocol(protocol)
     methods = ULTRA if methods is None else methods
     if not methods: raise ValueError("name at least one method")

@@ -280,11 +280,18 @@ def told(found:dict, # of `with_intervals`
     return f"{found[name]:.1f} ({found[f'{name} low']:.1f} to {found[f'{name} high']:.1f})"
 
 # %% ../nbs/library/records.ipynb #12b621f4
+def _lines(metrics):
+    "Lines of a table: a row for each method, a column for each metric"
+    names = [k for k in next(iter(metrics.values())) if not k.endswith((" low", " high"))]
+    table = [["", *names], *([method, *(told(m, k) for k in names)] for method, m in metrics.items())]
+    width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    return ["  ".join([method.ljust(width), *map(str.rjust, told_of, widths)]) for method, *told_of in table]
+
 @dataclass
 class Result:
     "What a measurement over a data set found"
     metrics: dict # method to {metric: value, "metric low", "metric high"}, the ends of 95 % intervals
-    details: dict # what else was found, as JSON can hold it
+    details: dict # what else was found, as JSON can hold it; "apart": methods to metrics, minus those of the first
     rows: list # one per image, without the images that could not be read
     bad: dict # name of such an image to what is wrong with it
     settings: dict # everything the result depends on
@@ -294,13 +301,12 @@ class Result:
         return len(self.rows)
 
     def __str__(self):
-        names = [k for k in next(iter(self.metrics.values())) if not k.endswith((" low", " high"))]
-        table = [["", *names], *([method, *(told(m, k) for k in names)] for method, m in self.metrics.items())]
-        width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
-        lines = ["  ".join([method.ljust(width), *map(str.rjust, told_of, widths)]) for method, *told_of in table]
         protocol = f", protocol {p}" if (p := self.settings.get("protocol")) else ""
         of_what = f"{self.n} images of {self.settings['dataset']}{protocol}; in brackets 95 % intervals"
-        return "\n".join([*lines, of_what])
+        lines = [*_lines(self.metrics), of_what]
+        if apart := self.details.get("apart"):
+            lines += ["", *_lines(apart), f"minus {next(iter(self.metrics))}, on the same images"]
+        return "\n".join(lines)
 
 # %% ../nbs/library/records.ipynb #6fee19c4
 def process_rank() -> int: # 0, 1, ..
