@@ -44,7 +44,8 @@ class Profile:
     curves: tuple # models of the other curves
     language: dict # title to model, of figure 5
     images: int|None # a table has so many of each data set; None = all
-    few: int # and a point of a curve so many
+    layers: int # a point of the curves of segmentation against layer so many
+    few: int # and a point of the other curves
     learn: int # training images for W
     k: int # segments an image while W is learned
     cuts: tuple = (.2, .35, .5) # thresholds of figure 13, the paper's
@@ -54,13 +55,13 @@ PROFILES = {p.name: p for p in (
     Profile("embedded", models=("scenes_clip", "scenes_dino"), data=("scenes",), shown=("photo_vit",),
             segmenter=("scenes_clip",), layer=3, depth=("scenes_clip",), curves=("scenes_clip", "scenes_dino"),
             language={"after SFT": "tldr_llama_sft", "after SFT and DPO": "tldr_llama"},
-            images=48, few=24, learn=64, k=3, cuts=(.4, .6, .8)),
+            images=200, layers=200, few=24, learn=64, k=3, cuts=(.4, .6, .8)),
     Profile("paper", models=tuple(PAPER_MODELS.values()), data=tuple(PAPER_DATA.values()),
             shown=("clip_vitb32", "clip_vitb16", "clip_vitl14", "dino_vits16", "dino_vitb16"),
             segmenter=("dino_vitb16", "dino_vits16", "clip_vitb16", "clip_vitb32", "clip_vitl14"), layer=None,
             depth=("clip_vitl14", "clip_vitb16", "clip_vitb32", "dino_vitb16", "dino_vits16"),
             curves=("clip_vitb32", "clip_vitl14", "dino_vits16"),
-            language={"Llama-2-7B": "llama2_7b"}, images=None, few=100, learn=256, k=4))}
+            language={"Llama-2-7B": "llama2_7b"}, images=None, layers=100, few=100, learn=256, k=4))}
 
 # %% ../nbs/library/00_entries.ipynb #064bd034
 class Missing(ValueError):
@@ -816,12 +817,12 @@ def table_entry(name:str, # table1 .. table8
     "Registers a table"
     entry(name, title, "vision models, data sets", seconds)(lambda s: table_of(s, name, test))
 
-table_entry("table1", "Segmentation of COCO-Stuff 27", 35, segmented)
-table_entry("table2", "Segmentation of PASCAL VOC 2012", 35, segmented)
-table_entry("table4", "Segmentation of Cityscapes", 35, segmented)
-table_entry("table5", "Segmentation of Potsdam-3", 35, segmented)
-table_entry("table7", "ULTra_E, training-free with the energy", 35, segmented)
-table_entry("table8", "One threshold for all data sets, 0.4", 11, segmented_at)
+table_entry("table1", "Segmentation of COCO-Stuff 27", 140, segmented)
+table_entry("table2", "Segmentation of PASCAL VOC 2012", 140, segmented)
+table_entry("table4", "Segmentation of Cityscapes", 140, segmented)
+table_entry("table5", "Segmentation of Potsdam-3", 140, segmented)
+table_entry("table7", "ULTra_E, training-free with the energy", 140, segmented)
+table_entry("table8", "One threshold for all data sets, 0.4", 45, segmented_at)
 
 # %% ../nbs/02_segmentation.ipynb #31ca0f51
 def figure_curves(results:dict, # title to {layer or other setting: Result}
@@ -849,10 +850,11 @@ def curve(s:Sources, # what is there
           test:str, # what is measured, in a word
           model:str, # one of its models
           settings:Sequence, # a point each
-          measure:Callable # (backbone, data set, setting, out, limit) to Result
+          measure:Callable, # (backbone, data set, setting, out, limit) to Result
+          many:int|None=None # images; None = a few
          ) -> dict: # setting to Result
-    "Measurements of one model at several settings, on a few images"
-    backbone, pictures, limit = s.model(model), s.pictures, s.number(s.profile.few)
+    "Measurements of one model at several settings"
+    backbone, pictures, limit = s.model(model), s.pictures, s.number(many or s.profile.few)
     folder = lambda setting: s.folder(f"{test}-{setting:g}", model, pictures.name)
     return {setting: measure(backbone, pictures, setting, folder(setting), limit) for setting in settings}
 
@@ -878,13 +880,13 @@ BY_LAYER = "U.ACC and U.mIoU against the layer, for ULTra_S, ULTra_E, one cluste
 def _by_layer(s, model, layers=None):
     methods = {name: (ULTRA | BASELINES)[name] for name in BY_LAYERS}
     at = lambda backbone, data, layer, out, n: evaluate(backbone, data, methods=methods, layer=layer, out=out, limit=n)
-    return curve(s, "layer", model, layers or range(2, s.model(model).depth + 2), at)
+    return curve(s, "layer", model, layers or range(2, s.model(model).depth + 2), at, s.profile.layers)
 
-@entry("fig6", "Segmentation against layer", "a vision model, a data set", 11)
+@entry("fig6", "Segmentation against layer", "a vision model, a data set", 90)
 def _fig6(s):
     return charted(s, "figure6", {s.depth.name: _by_layer(s, s.depth.name)}, BY_LAYERS, BY_LAYER)
 
-@entry("fig7", "Segmentation against layer, several models", "vision models, a data set", 32)
+@entry("fig7", "Segmentation against layer, several models", "vision models, a data set", 250)
 def _fig7(s):
     return charted(s, "figure7", {model: _by_layer(s, model) for model in s.curves()}, BY_LAYERS, BY_LAYER)
 
