@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['per_token_maps', 'seconds', 'matmul_rate', 'Flops', 'resident_memory', 'gpu_peak', 'bench_maps', 'bench_table',
-           'float32_products', 'gpu_table', 'bench_gpu']
+           'gpu_table', 'bench_gpu']
 
 # %% ../nbs/library/benchmark.ipynb #8aa0d478
 import gc, statistics, sys, tempfile, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 from .explanation_maps import cotangents, explain
-from .models import Backbone, load, wrap
+from .models import Backbone, float32_products, load, wrap
 from .posts import Posts
 from .preliminaries import attention_tap, contribution, forward
 from .records import read_json
@@ -200,16 +200,6 @@ def bench_table(found:dict # from `bench_maps`
     lines.append(f"exact makes {found['exact GFLOP per image']:.0f} GFLOP per image, at {share:.0%} of this machine's "
                  f"{rate:.0f} GFLOP/s in float32 matrix products")
     return "\n".join(lines)
-
-# %% ../nbs/library/benchmark.ipynb #224beebe
-@contextmanager
-def float32_products(how:str # "highest" | "high" | "medium", as PyTorch names them
-                    ):
-    "Inside, products of float32 matrices are as precise as said"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(how)
-    try: yield
-    finally: torch.set_float32_matmul_precision(before)
 
 # %% ../nbs/library/benchmark.ipynb #2053566d
 def _rates(device, n):

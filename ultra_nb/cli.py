@@ -102,6 +102,15 @@ def _interrupted(error):
     while error and not isinstance(error, KeyboardInterrupt): error = error.__cause__ or error.__context__
     return error is not None
 
+# %% ../nbs/library/cli.ipynb #98d096e8
+@contextlib.contextmanager
+def _float32_products(args):
+    "Products of float32 numbers pass through fewer bits where --precision is medium"
+    if getattr(args, "precision", None) != "medium": yield
+    else:
+        from ultra_nb.models import float32_products
+        with float32_products("medium"): yield
+
 # %% ../nbs/library/cli.ipynb #ddc0fe3f
 def _run(argv):
     "Reads the arguments and runs the command"
@@ -110,7 +119,7 @@ def _run(argv):
         if re.fullmatch(r"\s*|--[\w-]+=\s*", text): top.error(f"the argument {text!r} after {before} is empty")
     args, unknown = top.parse_known_args(argv)
     if unknown: args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.run(args)
+    with _float32_products(args): args.run(args)
     sys.stdout.flush()
 
 # %% ../nbs/library/cli.ipynb #0f30b9d3
@@ -186,6 +195,11 @@ def _mode_option(parser, default):
     parser.add_argument("--mode", choices=("exact", "diagonal"), default=default,
                         help="exact maps, or all tokens' at once, approximately (default: %(default)s)")
 
+def _precision_option(parser):
+    parser.add_argument("--precision", choices=("float32", "medium", "bfloat16", "float16"), default="float32",
+                        help="type of the model's numbers; medium: float32 whose products pass through fewer bits, on "
+                             "a GPU TF32 (default: %(default)s)")
+
 def _device_option(parser):
     parser.add_argument("--device", type=_as_device, default="cpu",
                         help="cpu, cuda, cuda:1, mps (default: %(default)s)")
@@ -222,10 +236,16 @@ def _fitting(size, longest=640):
     return tuple(max(1, round(s * scale)) for s in size)
 
 # %% ../nbs/library/cli.ipynb #ff2b2aa2
+def _dtype(args):
+    "The type of the parameters behind --precision"
+    import torch
+    precision = getattr(args, "precision", "float32")
+    return getattr(torch, "float32" if precision == "medium" else precision)
+
 def _backbone(args):
     "The model named on the command line, on its device; vision only"
     from ultra_nb.models import load
-    backbone = load(args.model, weights=args.weights, device=args.device, image_size=args.image_size)
+    backbone = load(args.model, args.weights, args.device, args.image_size, _dtype(args))
     if backbone.grid is None:
         raise ValueError(f"{args.model} is a language model; explain and segment work on pictures")
     print(backbone, file=sys.stderr)
@@ -280,6 +300,7 @@ def _explain_options(parser):
     _image_options(parser)
     _mode_option(parser, "exact")
     _device_option(parser)
+    _precision_option(parser)
     _force_option(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--token", type=int, metavar="I",
@@ -337,6 +358,7 @@ def _segment_options(parser):
     _image_options(parser)
     _mode_option(parser, "diagonal")
     _device_option(parser)
+    _precision_option(parser)
     _force_option(parser)
     parser.add_argument("--clusters", type=int, default=4, metavar="K",
                         help="number of segments (default: %(default)s)")
@@ -413,6 +435,7 @@ def _dataset_options(parser):
     _model_options(parser, "scenes_clip")
     _mode_option(parser, "diagonal")
     _device_option(parser)
+    _precision_option(parser)
 
 # %% ../nbs/library/cli.ipynb #2a22409d
 def _run_options(parser):
@@ -707,6 +730,7 @@ def _summarize_options(parser):
     parser.add_argument("--truncate", action="store_true",
                         help="drop the text's end where it is too long for the model; the summary stays whole")
     _device_option(parser)
+    _precision_option(parser)
     parser.add_argument("--html", default="summary.html", metavar="OUT.html",
                         help="page to write (default: %(default)s)")
     _force_option(parser, "a page that exists")
@@ -734,7 +758,7 @@ def summarize_command(args:Namespace # of `_summarize_options`
     from ultra_nb.records import write_bytes
     from ultra_nb.summarization import contribution_scores, summarize, text_page, word_scores
     _check_writable(args.html, ".html", ".htm", force=args.force)
-    context, backbone = _read_text(args.file).strip(), load(args.model, weights=args.weights, device=args.device)
+    context, backbone = _read_text(args.file).strip(), load(args.model, args.weights, args.device, dtype=_dtype(args))
     if backbone.grid is not None:
         raise ValueError(f"{args.model} looks at pictures; summarize needs a language model")
     if (tokenizer := backbone.tokenizer) is None:

@@ -46,14 +46,21 @@ def _projection(W, shape):
         raise ValueError(f"W has shape {list(W.shape)}; these tokens need {needed}")
     return lambda z: (z * W.detach().to(z)).sum(-1)
 
+# %% ../nbs/01_explanation_maps.ipynb #b1e4e223
+def _check_finite(t, what, dtype):
+    "Raises ValueError for NaN or infinity in what a model of some type computed"
+    if t.isfinite().all(): return
+    way_out = "check the inputs and the model's weights"
+    if dtype == torch.float16: way_out = "float16 overflows above 65504: take bfloat16 or float32"
+    raise ValueError(f"the {what} contain NaN or infinity; {way_out}")
+
 # %% ../nbs/01_explanation_maps.ipynb #c1728107
 def cotangents(scalar:str|Tensor|Callable, # see the table above
                z:Tensor # latent tokens $z^{(l)}$ [B, N, D]
               ) -> Tensor: # $\nabla f(z_i)$ at every token [B, N, D]
     """The gradient each target starts from. Raises ValueError for latents that are not finite, and where f gives
     another shape, no gradient, or mixes tokens"""
-    if not z.isfinite().all():
-        raise ValueError("the latents contain NaN or infinity; check the inputs and the model's weights")
+    _check_finite(z, "latents", z.dtype)
     z = z.detach().requires_grad_()
     with torch.enable_grad(): f = scalar_function(scalar, z.shape[1:])(z)
     if f.shape != z.shape[:2]:
@@ -164,6 +171,7 @@ def stays(taped:Taped, # a block with its input
     cot = torch.randn(taped.z.shape, generator=torch.Generator().manual_seed(0)).to(taped.z) * inside[..., None]
     _, dA, dz = pulled(taped, cot, diagonal=diagonal)
     sizes = torch.linalg.vector_norm(dA, torch.inf, (1, 3)), torch.linalg.vector_norm(dz, torch.inf, -1) # [B, N] each
+    for s in sizes: _check_finite(s, "gradients", s.dtype)
     return all((s[~inside].max() <= 1e-6 * s.max()).item() for s in sizes)
 
 # %% ../nbs/01_explanation_maps.ipynb #27a95464
@@ -381,9 +389,12 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
     that cannot work"""
     _check_options(mode, order, chunk)
     model, blocks, layer = _asked(model, inputs, blocks, layer)
-    if mode == "exact": return _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk)
-    rows = _diagonal(model, inputs, blocks, layer, scalar)
-    return rows[:, target_tokens(tokens, rows.shape[1])]
+    if mode == "exact": rows = _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk)
+    else:
+        rows = _diagonal(model, inputs, blocks, layer, scalar)
+        rows = rows[:, target_tokens(tokens, rows.shape[1])]
+    _check_finite(rows, "maps", next(model.parameters()).dtype)
+    return rows
 
 # %% ../nbs/01_explanation_maps.ipynb #3a144997
 @torch.no_grad()

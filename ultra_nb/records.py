@@ -414,6 +414,7 @@ def measure(backbone, # the vision `Backbone` that is measured
     data = dict(dataset=f"{dataset.name} {dataset.split}", images=n, list_hash=_list_hash(dataset, n),
                 classes=len(dataset.classes), crop=dataset.crop)
     model = dict(model=backbone.name, weights_hash=backbone.weights_hash, size=list(backbone.size))
+    if backbone.precision != "float32": model["precision"] = backbone.precision
     settings, row = data | model | settings, partial(_row, dataset=dataset, work=work)
     if out is None:
         with one_thread_each(device) as pool:
