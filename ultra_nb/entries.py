@@ -480,7 +480,7 @@ from .evaluation import BASELINES, ULTRA, Case, Confusion, confusions, evaluate,
 from .figures import blend, charts, line, palette
 from .images import IGNORE, PHOTOGRAPHS
 from .interpretability_metrics import EXPLAINERS, patch_maps
-from .preliminaries import class_map
+from .preliminaries import attentions, class_map
 from .records import Result, sides
 from .segmentation import largest, segment
 from .self_consistency import fit_projection, load_projection
@@ -502,12 +502,11 @@ def class_logit_maps(backbone:Backbone, # a classifier, or a CLIP with its text 
     "Segments from the class maps of the k most likely classes"
     head = (lambda out: out) if names is None else _zero_shot(backbone, names)
     def method(case):
-        with torch.no_grad():
-            likely = head(backbone.model(case.inputs))[0].argsort(descending=True)[:case.segments]
-        logits = lambda out: head(out)[range(len(likely)), likely]
-        inputs = case.inputs.expand(len(likely), -1, -1, -1)
-        maps = class_map(backbone.model, inputs, logits, backbone.prefix, blocks=backbone.blocks)
-        return largest(minmax(maps), backbone.grid, case.size)
+        output, *_ = attentions(backbone.model, backbone.blocks, case.inputs)
+        likely = head(output)[0].argsort(descending=True)[:case.segments].tolist()
+        of = lambda c: class_map(backbone.model, case.inputs, lambda out: head(out)[:, c], backbone.prefix,
+                                 blocks=backbone.blocks)
+        return largest(minmax(torch.cat([of(c) for c in likely])), backbone.grid, case.size)
     return method
 
 # %% ../nbs/02_segmentation.ipynb #99582806

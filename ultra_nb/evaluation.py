@@ -23,6 +23,7 @@ from .datasets import Pictures, Sample
 from .explanation_maps import explain, latents, patch_of, suppress_self
 from .images import IGNORE
 from .models import Backbone
+from .preliminaries import shared_passes
 from .records import Result, measure
 from .segmentation import cluster_tree, cut, largest, segment
 
@@ -258,8 +259,9 @@ def row_of(case:Case, # an image
           ) -> dict: # as JSON can hold it
     "Segments an image with every method and counts pixels"
     row: dict = dict(size=list(case.size), classes=case.classes.tolist(), counts={})
-    for name, method in methods.items():
-        labels = np.unique(method(case), return_inverse=True)[1].reshape(case.size) # a segment without a pixel is none
+    with shared_passes(): found = {name: method(case) for name, method in methods.items()}
+    for name, labels in found.items():
+        labels = np.unique(labels, return_inverse=True)[1].reshape(case.size) # a segment without a pixel is none
         row["counts"][name] = tally(labels, case.truth, labels.max() + 1, len(case.classes)).tolist()
         if not described: continue
         features = segment_features(labels, case.latents, case.backbone.grid)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from .models import Backbone, layer_of
 from .preliminaries import DETACHED, RANDOM, Taped, attention_tap, attentions, broken_at, check_order
-from .preliminaries import contribution, differs, find_blocks, gradients, own_attention, row_product, tape
+from .preliminaries import contribution, differs, find_blocks, gradients, own_attention, row_product, sharing
+from .preliminaries import tape
 
 # %% ../nbs/01_explanation_maps.ipynb #c43ebd69
 def _normalized(z):
@@ -149,7 +150,7 @@ def _by_block(notes, cot):
 def _at_once(model, inputs, blocks, scalar):
     "Relevance rows [B, N, N] from one graph of the blocks. Raises RuntimeError where autograd cannot keep or pass it"
     _, As, z, _ = attentions(model, blocks, inputs, diagonal=True, whole=False)
-    grads = torch.autograd.grad(z, As, cotangents(scalar, z))
+    grads = torch.autograd.grad(z, As, cotangents(scalar, z), retain_graph=sharing())
     by_block = zip(reversed(As), reversed(grads), strict=True)
     return _superposed(z, (contribution(A.detach(), dA) for A, dA in by_block))
 
