@@ -942,13 +942,26 @@ def _bench_gpu_options(gpu):
     gpu.add_argument("--quick", action="store_true", help="small models, to see that all of it works, also on a CPU")
     gpu.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
 
+def _bench_record_options(one):
+    one.set_defaults(parser=one, device="cpu")
+    _force_option(one)
+    one.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+
 def _bench_options(parser):
-    "Commands below the command: `ultra-nb bench maps`, `ultra-nb bench gpu`"
+    "Commands below the command: `ultra-nb bench maps`, `precision`, `sizes`, `gpu`"
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     _bench_maps_options(kinds.add_parser(
         "maps", help="explanation maps: the paper's procedure, exact and diagonal",
         description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: "
                     "seconds per image, ratios, peak memory, share of the machine's matrix-product rate."))
+    _bench_record_options(kinds.add_parser(
+        "precision", help="maps in fewer bits: what they save and cost",
+        description="Maps of the shipped photo_vit (16 targets for exact ones) and scenes_clip in float32, float32 with "
+                    "products of fewer bits, bfloat16 and float16, beside float64: seconds, error, correlation."))
+    _bench_record_options(kinds.add_parser(
+        "sizes", help="from 50 tokens to 4,097, and a text of 4,096",
+        description="Seconds and peak memory of the paper's procedure, exact and diagonal maps, LeGrad-style and class "
+                    "maps, and of segmentation, by the number of tokens, on this CPU."))
     _bench_gpu_options(kinds.add_parser(
         "gpu", help="all that there is to measure on a GPU, in one record",
         description="Matrix products, maps of ViT-B/16 and ViT-L/14, their precision, contribution scores and DPO of "
@@ -966,6 +979,25 @@ def _bench_maps(args):
     settings |= dict(layer=args.layer, scalar=args.scalar, repeats=args.repeats, batch=args.batch)
     return bench_table(found), dict(metrics=found, n=args.batch, settings=settings, weights_hash=backbone.weights_hash)
 
+def _bench_precision(args):
+    "What was measured, as text and as `write_record` takes it"
+    from PIL import Image
+    from ultra_nb.benchmark import bench_precision, precision_table
+    from ultra_nb.models import load
+    from ultra_nb.scenes import scene
+    pictures = dict(photo_vit=_image_or_example(None), scenes_clip=Image.fromarray(scene(7).image))
+    found, targets = {}, range(1, 17)
+    for name, picture in pictures.items():
+        backbone = load(name)
+        found[name] = bench_precision(backbone, backbone.inputs(picture), targets, turns=1)
+    return precision_table(found), dict(metrics=found, n=1, settings=dict(exact_targets=len(targets)))
+
+def _bench_sizes(args):
+    "What was measured, as text and as `write_record` takes it"
+    from ultra_nb.benchmark import bench_sizes, sizes_table
+    found = bench_sizes()
+    return sizes_table(found), dict(metrics=found, n=1, settings={})
+
 def _bench_gpu(args):
     "What was measured, as text and as `write_record` takes it"
     import torch
@@ -981,7 +1013,8 @@ def bench_command(args:Namespace # of `_bench_options`
     "Measures speed and memory."
     from ultra_nb.records import write_record
     if args.out: _check_writable(args.out, ".json", force=args.force)
-    table, record = (_bench_gpu if args.what == "gpu" else _bench_maps)(args)
+    of = dict(maps=_bench_maps, precision=_bench_precision, sizes=_bench_sizes, gpu=_bench_gpu)
+    table, record = of[args.what](args)
     print(table)
     if args.out:
         write_record(args.out, **record, device=args.device, force=args.force)
