@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'PRECISIONS', 'per_token_maps', 'seconds', 'matmul_rate', 'Flops', 'resident_memory', 'gpu_peak',
-           'bench_maps', 'bench_table', 'bench_sizes', 'slopes', 'sizes_table', 'bench_precision', 'precision_table',
-           'gpu_table', 'bench_gpu']
+           'bench_maps', 'bench_table', 'bench_sizes', 'slopes', 'sizes_table', 'bench_evaluate', 'bench_precision',
+           'precision_table', 'gpu_table', 'bench_gpu']
 
 # %% ../nbs/library/benchmark.ipynb #8aa0d478
 import gc, math, statistics, sys, tempfile, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
-from .explanation_maps import cotangents, explain
+from . import evaluation
+from .datasets import Pictures
+from .explanation_maps import cotangents, explain, pictures_at_once
 from .interpretability_metrics import legrad_rows
 from .models import Backbone, float32_products, load, wrap
 from .posts import Posts
@@ -265,13 +267,13 @@ def _peak_at(size, name):
 def bench_sizes(sizes:Sequence[int]=SIZES, # pixels
                 text:int=4096, # tokens
                 turns:int=3 # timed; one above 1,000 tokens
-               ) -> dict: # size to {way: seconds}; "peak MB" to the same at the two largest sizes and for the text
+               ) -> dict: # size to {way: seconds}; "peak MB" to the same at the largest size and for the text
     "Seconds and peak memory of all procedures on a CPU, from few tokens to many; each peak in a fresh process"
     found, peaks = {}, {}
     for size in (*sizes, str(text)):
         found[str(size)] = _timed(size, turns if not isinstance(size, str) and size <= 448 else 1)
         print(size, found[str(size)], file=sys.stderr, flush=True)
-    for size in (*sizes[-2:], str(text)):
+    for size in (sizes[-1], str(text)):
         names = [n for n in _ways(size)[1] if not n.endswith(", 3")]
         peaks[str(size)] = {}
         for name in tqdm(names, desc=f"memory at {size}", leave=False):
@@ -292,13 +294,46 @@ def sizes_table(found:dict # of `bench_sizes`
                ) -> str: # lines of text
     "Seconds and peak memory of every stage, at the largest picture and for the text"
     peaks, lines = found["peak MB"], [f"{'':22} {'tokens':>7} {'s':>9} {'peak MB':>8}"]
-    for size in list(peaks)[1:]:
+    for size in peaks:
         for name, s in found[size].items():
             if name in ("tokens", "exact", "per token") or name.endswith(", 3"): continue
             peak = peaks[size][name]
             lines.append(f"{name + (' token' if name.endswith(', 1') else ''):22} {found[size]['tokens']:7} {s:9.2f} "
                          f"{'-' if peak is None else f'{peak:.0f}':>8}")
     return "\n".join(lines)
+
+# %% ../nbs/library/benchmark.ipynb #b3a8a114
+@contextmanager
+def _clocked(owner, name, spent):
+    "Inside, every call of a function of some owner adds its seconds to a list"
+    real = getattr(owner, name)
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        try: return real(*args, **kwargs)
+        finally: spent.append(time.perf_counter() - start)
+    setattr(owner, name, timed)
+    try: yield
+    finally: setattr(owner, name, real)
+
+# %% ../nbs/library/benchmark.ipynb #71363438
+def bench_evaluate(backbone:Backbone, # from `load`, on its device
+                   dataset:Pictures, # from `open_data`
+                   methods:dict, # name to method
+                   limit:int|None=None, # the first so many images; None = all
+                   batch:int|None=None # of `evaluate`
+                  ) -> dict: # "pictures per second"; "loading share" of the threads' time, "model share", ..
+    "Speed of an evaluation, and what its time goes into"
+    loading, rows, clustering = [], [], []
+    device = next(backbone.model.parameters()).device
+    run = partial(evaluation.evaluate, backbone, dataset, methods=methods, batch=batch)
+    run(limit=1) # what is found out about a model once does not count
+    with (_clocked(type(dataset), "__getitem__", loading), _clocked(evaluation, "row_of", rows),
+          _clocked(evaluation.Case, "segment", clustering), _clocked(evaluation, "_cases", loading)):
+        taken = seconds(lambda: run(limit=limit), device)
+    parts = dict(loading=sum(loading), model=sum(rows) - sum(clustering), clustering=sum(clustering))
+    found = {"pictures": len(rows), "batch": batch or pictures_at_once(backbone)}
+    shares = {f"{name} share": part / sum(parts.values()) for name, part in parts.items()}
+    return found | {"pictures per second": len(rows) / taken} | shares
 
 # %% ../nbs/library/benchmark.ipynb #2053566d
 def _rates(device, n):

@@ -479,8 +479,8 @@ from .datasets import DATA, Sample
 from .evaluation import BASELINES, ULTRA, Case, Confusion, confusions, evaluate, match, tally, ultra
 from .figures import blend, charts, line, palette
 from .images import IGNORE, PHOTOGRAPHS
-from .interpretability_metrics import EXPLAINERS, patch_maps
-from .preliminaries import attentions, class_map
+from .interpretability_metrics import EXPLAINERS
+from .preliminaries import class_map
 from .records import Result, sides
 from .segmentation import largest, segment
 from .self_consistency import fit_projection, load_projection
@@ -516,7 +516,7 @@ def comparisons(backbone:Backbone, # a vision backbone
     "All baselines that this model allows"
     def clustered(explainer):
         "Segments from an explainer's maps"
-        return lambda case: case.segment(patch_maps(explainer, backbone, case.inputs, case.layer, backbone.patches))
+        return lambda case: case.segment(case.maps_by(explainer))
     found = BASELINES | {name: clustered(EXPLAINERS[name]) for name in ("rollout", "LeGrad")}
     worded = backbone.clip is not None and hasattr(backbone.clip, "encode_text")
     if not worded and not getattr(backbone.model, "num_classes", 0): return found
@@ -915,7 +915,7 @@ def _fig13(s):
 # %% ../nbs/04_interpretability_metrics.ipynb #db1f44fb
 from dataclasses import replace
 from .interpretability_metrics import PERTURBATIONS, SIGNS, chosen_patches, image_seed, itiou_test, perturb
-from .interpretability_metrics import perturbation_test, random_rows, ultra_rows
+from .interpretability_metrics import patch_maps, perturbation_test, random_rows, ultra_rows
 
 # %% ../nbs/04_interpretability_metrics.ipynb #ac4791e2
 def _as_pictures(backbone, x):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'BREAKS', 'GRAPH', 'scalar_function', 'cotangents', 'pulled', 'stays', 'target_tokens', 'below',
-           'graph_bytes', 'explain', 'latents', 'suppress_self', 'minmax', 'upsample', 'patch_of']
+           'graph_bytes', 'explain', 'latents', 'pictures_at_once', 'suppress_self', 'minmax', 'upsample', 'patch_of']
 
 # %% ../nbs/01_explanation_maps.ipynb #ccc2f29d
 from collections.abc import Callable, Sequence
@@ -303,10 +303,14 @@ def graph_bytes(blocks:int, # number of them
     return blocks * size * (2 * attention + 20 * tokens)
 
 # %% ../nbs/01_explanation_maps.ipynb #1d3ea8ba
+def _graph_bytes(notes):
+    "`graph_bytes` of taped blocks"
+    A, z = _attention_of(notes[-1]), notes[-1].z
+    return graph_bytes(len(notes), A.numel(), z.numel(), A.element_size())
+
 def _graph_fits(notes):
     "Does the graph of these blocks stay below a gigabyte, or a quarter of a GPU's free memory?"
-    A, z = _attention_of(notes[-1]), notes[-1].z
-    return graph_bytes(len(notes), A.numel(), z.numel(), A.element_size()) < _room(A.device, GRAPH, .25)
+    return _graph_bytes(notes) < _room(notes[-1].z.device, GRAPH, .25)
 
 # %% ../nbs/01_explanation_maps.ipynb #94cdfc11
 def _checked(model, inputs, blocks, layer, check):
@@ -407,6 +411,15 @@ def latents(model:nn.Module|Backbone, # as in `explain`
     "Latent tokens $z^{(l)}$, the residual stream before block l. Raises ValueError as `below` does"
     model, blocks, layer = _asked(model, inputs, blocks, layer)
     return _latents(tape(model, blocks, inputs), layer)
+
+# %% ../nbs/01_explanation_maps.ipynb #5c7e6d8d
+def pictures_at_once(backbone:Backbone # a vision backbone
+                    ) -> int: # at least 1, at most 64
+    "Pictures whose diagonal graph fits a sixteenth of a GPU's free memory; 1 on a CPU"
+    p = next(backbone.model.parameters())
+    if p.device.type != "cuda": return 1
+    one = _graph_bytes(below(backbone, p.new_zeros(1, 3, *backbone.size)))
+    return min(64, max(1, _room(p.device, 0, 1 / 16) // one))
 
 # %% ../nbs/01_explanation_maps.ipynb #473dc976
 def suppress_self(maps:Tensor, # from `explain` [.., T, N]
