@@ -102,6 +102,15 @@ def _interrupted(error):
     while error and not isinstance(error, KeyboardInterrupt): error = error.__cause__ or error.__context__
     return error is not None
 
+# %% ../nbs/library/cli.ipynb #98d096e8
+@contextlib.contextmanager
+def _float32_products(args):
+    "Products of float32 numbers pass through fewer bits where --precision is medium"
+    if getattr(args, "precision", None) != "medium": yield
+    else:
+        from ultra_nb.models import float32_products
+        with float32_products("medium"): yield
+
 # %% ../nbs/library/cli.ipynb #ddc0fe3f
 def _run(argv):
     "Reads the arguments and runs the command"
@@ -110,7 +119,7 @@ def _run(argv):
         if re.fullmatch(r"\s*|--[\w-]+=\s*", text): top.error(f"the argument {text!r} after {before} is empty")
     args, unknown = top.parse_known_args(argv)
     if unknown: args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.run(args)
+    with _float32_products(args): args.run(args)
     sys.stdout.flush()
 
 # %% ../nbs/library/cli.ipynb #0f30b9d3
@@ -186,6 +195,11 @@ def _mode_option(parser, default):
     parser.add_argument("--mode", choices=("exact", "diagonal"), default=default,
                         help="exact maps, or all tokens' at once, approximately (default: %(default)s)")
 
+def _precision_option(parser):
+    parser.add_argument("--precision", choices=("float32", "medium", "bfloat16", "float16"), default="float32",
+                        help="type of the model's numbers; medium: float32 whose products pass through fewer bits, on "
+                             "a GPU TF32 (default: %(default)s)")
+
 def _device_option(parser):
     parser.add_argument("--device", type=_as_device, default="cpu",
                         help="cpu, cuda, cuda:1, mps (default: %(default)s)")
@@ -222,10 +236,16 @@ def _fitting(size, longest=640):
     return tuple(max(1, round(s * scale)) for s in size)
 
 # %% ../nbs/library/cli.ipynb #ff2b2aa2
+def _dtype(args):
+    "The type of the parameters behind --precision"
+    import torch
+    precision = getattr(args, "precision", "float32")
+    return getattr(torch, "float32" if precision == "medium" else precision)
+
 def _backbone(args):
     "The model named on the command line, on its device; vision only"
     from ultra_nb.models import load
-    backbone = load(args.model, weights=args.weights, device=args.device, image_size=args.image_size)
+    backbone = load(args.model, args.weights, args.device, args.image_size, _dtype(args))
     if backbone.grid is None:
         raise ValueError(f"{args.model} is a language model; explain and segment work on pictures")
     print(backbone, file=sys.stderr)
@@ -280,6 +300,7 @@ def _explain_options(parser):
     _image_options(parser)
     _mode_option(parser, "exact")
     _device_option(parser)
+    _precision_option(parser)
     _force_option(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--token", type=int, metavar="I",
@@ -337,6 +358,7 @@ def _segment_options(parser):
     _image_options(parser)
     _mode_option(parser, "diagonal")
     _device_option(parser)
+    _precision_option(parser)
     _force_option(parser)
     parser.add_argument("--clusters", type=int, default=4, metavar="K",
                         help="number of segments (default: %(default)s)")
@@ -418,6 +440,7 @@ def _dataset_options(parser):
 def _run_options(parser):
     "A data set, a model that sees it, and where rows are kept"
     _dataset_options(parser)
+    _precision_option(parser)
     parser.add_argument("--limit", type=int, action=_InRange, metavar="N", help="the first N images only")
     parser.add_argument("--out", metavar="DIR",
                         help="folder of the run; started again with the same arguments it goes on where it was "
@@ -460,6 +483,8 @@ def _evaluate_options(parser):
                         help=f"{', '.join(PROTOCOL_NAMES[:-1])} or {PROTOCOL_NAMES[-1]} (default: %(default)s)")
     parser.add_argument("--clusters", type=int, action=_InRange, metavar="N",
                         help="clusters over the data set, for its protocols (default: number of classes)")
+    parser.add_argument("--batch", type=int, action=_InRange, metavar="B",
+                        help="images that go through the model together (default: 1 on a CPU, on a GPU by its memory)")
     parser.add_argument("--linkage", default="average", metavar="L",
                         help="average, complete, single or ward (default: %(default)s)")
     parser.add_argument("--metric", default="cosine", metavar="M",
@@ -528,7 +553,7 @@ def evaluate_command(args:Namespace # of `_evaluate_options`
     cut = dict(k=args.k) if args.threshold is None else dict(threshold=args.threshold)
     found = evaluate(backbone, dataset, args.protocol, args.out, methods=_segmenters(args, backbone, dataset.classes),
                      limit=args.limit, clusters=args.clusters, layer=args.layer, mode=args.mode, order=args.order,
-                     linkage=args.linkage, metric=args.metric, **cut)
+                     linkage=args.linkage, metric=args.metric, batch=args.batch, **cut)
     _print_result(found, args.skip_bad)
 
 # %% ../nbs/library/cli.ipynb #9b51e73c
@@ -707,6 +732,7 @@ def _summarize_options(parser):
     parser.add_argument("--truncate", action="store_true",
                         help="drop the text's end where it is too long for the model; the summary stays whole")
     _device_option(parser)
+    _precision_option(parser)
     parser.add_argument("--html", default="summary.html", metavar="OUT.html",
                         help="page to write (default: %(default)s)")
     _force_option(parser, "a page that exists")
@@ -734,7 +760,7 @@ def summarize_command(args:Namespace # of `_summarize_options`
     from ultra_nb.records import write_bytes
     from ultra_nb.summarization import contribution_scores, summarize, text_page, word_scores
     _check_writable(args.html, ".html", ".htm", force=args.force)
-    context, backbone = _read_text(args.file).strip(), load(args.model, weights=args.weights, device=args.device)
+    context, backbone = _read_text(args.file).strip(), load(args.model, args.weights, args.device, dtype=_dtype(args))
     if backbone.grid is not None:
         raise ValueError(f"{args.model} looks at pictures; summarize needs a language model")
     if (tokenizer := backbone.tokenizer) is None:
@@ -918,13 +944,39 @@ def _bench_gpu_options(gpu):
     gpu.add_argument("--quick", action="store_true", help="small models, to see that all of it works, also on a CPU")
     gpu.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
 
+def _bench_evaluate_options(one):
+    one.set_defaults(parser=one)
+    _dataset_options(one)
+    _force_option(one)
+    one.add_argument("--limit", type=int, action=_InRange, default=20, metavar="N",
+                     help="the first N images (default: %(default)s)")
+    one.add_argument("--batch", type=int, action=_InRange, metavar="B", help="as in ultra-nb evaluate")
+    one.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+
+def _bench_record_options(one):
+    one.set_defaults(parser=one, device="cpu")
+    _force_option(one)
+    one.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+
 def _bench_options(parser):
-    "Commands below the command: `ultra-nb bench maps`, `ultra-nb bench gpu`"
+    "Commands below the command: `ultra-nb bench maps`, `evaluate`, `precision`, `sizes`, `gpu`"
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     _bench_maps_options(kinds.add_parser(
         "maps", help="explanation maps: the paper's procedure, exact and diagonal",
         description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: "
                     "seconds per image, ratios, peak memory, share of the machine's matrix-product rate."))
+    _bench_evaluate_options(kinds.add_parser(
+        "evaluate", help="an evaluation: pictures a second",
+        description="An evaluation with all methods: pictures a second, and the share of its time that goes into "
+                    "reading pictures, the model, and clustering."))
+    _bench_record_options(kinds.add_parser(
+        "precision", help="maps in fewer bits: what they save and cost",
+        description="Maps of photo_vit and scenes_clip (exact ones of 16 tokens) in float32, float32 with products of "
+                    "fewer bits, bfloat16 and float16, beside float64: seconds, error, correlation."))
+    _bench_record_options(kinds.add_parser(
+        "sizes", help="from 50 tokens to 4,097, and a text of 4,096",
+        description="Seconds and peak memory of the paper's procedure, exact and diagonal maps, LeGrad-style and class "
+                    "maps, and of segmentation, by the number of tokens, on this CPU."))
     _bench_gpu_options(kinds.add_parser(
         "gpu", help="all that there is to measure on a GPU, in one record",
         description="Matrix products, maps of ViT-B/16 and ViT-L/14, their precision, contribution scores and DPO of "
@@ -942,6 +994,37 @@ def _bench_maps(args):
     settings |= dict(layer=args.layer, scalar=args.scalar, repeats=args.repeats, batch=args.batch)
     return bench_table(found), dict(metrics=found, n=args.batch, settings=settings, weights_hash=backbone.weights_hash)
 
+def _bench_evaluate(args):
+    "What was measured, as text and as `write_record` takes it"
+    from ultra_nb.benchmark import bench_evaluate
+    from ultra_nb.entries import comparisons
+    from ultra_nb.evaluation import ULTRA
+    dataset, backbone = _dataset_and_backbone(args)
+    methods = ULTRA | comparisons(backbone, dataset.classes)
+    found = bench_evaluate(backbone, dataset, methods, args.limit, args.batch)
+    settings = dict(model=args.model, dataset=args.dataset, methods=list(methods))
+    lines = "\n".join(f"{name:20} {value:8.3g}" for name, value in found.items())
+    return lines, dict(metrics=found, n=found["pictures"], settings=settings, weights_hash=backbone.weights_hash)
+
+def _bench_precision(args):
+    "What was measured, as text and as `write_record` takes it"
+    from PIL import Image
+    from ultra_nb.benchmark import bench_precision, precision_table
+    from ultra_nb.models import load
+    from ultra_nb.scenes import scene
+    pictures = dict(photo_vit=_image_or_example(None), scenes_clip=Image.fromarray(scene(7).image))
+    found, targets = {}, range(1, 17)
+    for name, picture in pictures.items():
+        backbone = load(name)
+        found[name] = bench_precision(backbone, backbone.inputs(picture), targets, turns=1)
+    return precision_table(found), dict(metrics=found, n=1, settings=dict(exact_targets=len(targets)))
+
+def _bench_sizes(args):
+    "What was measured, as text and as `write_record` takes it"
+    from ultra_nb.benchmark import bench_sizes, sizes_table
+    found = bench_sizes()
+    return sizes_table(found), dict(metrics=found, n=1, settings={})
+
 def _bench_gpu(args):
     "What was measured, as text and as `write_record` takes it"
     import torch
@@ -957,7 +1040,9 @@ def bench_command(args:Namespace # of `_bench_options`
     "Measures speed and memory."
     from ultra_nb.records import write_record
     if args.out: _check_writable(args.out, ".json", force=args.force)
-    table, record = (_bench_gpu if args.what == "gpu" else _bench_maps)(args)
+    measured = dict(maps=_bench_maps, evaluate=_bench_evaluate, precision=_bench_precision, sizes=_bench_sizes,
+                    gpu=_bench_gpu)
+    table, record = measured[args.what](args)
     print(table)
     if args.out:
         write_record(args.out, **record, device=args.device, force=args.force)
