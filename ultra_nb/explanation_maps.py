@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'BREAKS', 'GRAPH', 'scalar_function', 'cotangents', 'pulled', 'stays', 'target_tokens', 'below',
-           'graph_bytes', 'explain', 'latents', 'suppress_self', 'minmax', 'upsample', 'patch_of']
+           'graph_bytes', 'explain', 'explain_layers', 'latents', 'suppress_self', 'minmax', 'upsample', 'patch_of']
 
 # %% ../nbs/01_explanation_maps.ipynb #ccc2f29d
 from collections.abc import Callable, Sequence
@@ -384,6 +384,25 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
     if mode == "exact": return _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk)
     rows = _diagonal(model, inputs, blocks, layer, scalar)
     return rows[:, target_tokens(tokens, rows.shape[1])]
+
+# %% ../nbs/01_explanation_maps.ipynb #50d12f45
+@gradients()
+def explain_layers(model:nn.Module|Backbone, # as in `explain`
+                   inputs:Tensor|dict, # as in `explain`
+                   blocks:Sequence[nn.Module]|None=None, # as in `explain`
+                   scalar:str|Tensor|Callable="sum" # as in `explain`
+                  ) -> Tensor: # [L, B, N, N]: the rows of layers 2 to L+1, self entries untouched
+    "Diagonal maps of every token of every layer, by one sweep. Raises ValueError as `explain` does"
+    model, blocks, layer = _asked(model, inputs, blocks, None)
+    notes, z = _checked(model, inputs, blocks, layer, _check_positions)
+    B, N, D = z.shape
+    e = torch.eye(N, dtype=_wide(z), device=z.device).expand(1, B, N, N)
+    rows, cot = e[:0], z.new_zeros(0, B, N, D)
+    for taped in reversed(notes):
+        rows, cot = torch.cat([rows, e]), torch.cat([cot, cotangents(scalar, z)[None]])
+        G, cot = _step(taped, cot, taped is notes[0], diagonal=True, batched=True)
+        rows, z = rows + rows.diagonal(dim1=-2, dim2=-1)[..., None] * G, taped.z
+    return rows.flip(0)
 
 # %% ../nbs/01_explanation_maps.ipynb #3a144997
 @torch.no_grad()
