@@ -305,10 +305,9 @@ def _explain_figure(args, backbone, image, tokens):
 
 def _explain_page(args, backbone, image, tokens):
     "Writes a page with the maps of all tokens"
-    from ultra_nb.images import EXAMPLE, credited
-    from ultra_nb.pages import explain_page
+    from ultra_nb.pages import example_title, explain_page
     from ultra_nb.records import write_bytes
-    title = Path(args.image).name.encode("utf-8", "replace").decode() if args.image else credited(EXAMPLE)
+    title = Path(args.image).name.encode("utf-8", "replace").decode() if args.image else example_title()
     page = explain_page(backbone, image, title, tokens[0] if tokens else None, args.layer, args.scalar)
     print(write_bytes(args.html, page.encode()))
 

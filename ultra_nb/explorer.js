@@ -168,7 +168,9 @@ async function showPicture(root, page) {
     paint(shown.map.canvas, (i) => page.heat[Math.round(heat[i])]);
     paint(shown.mask.canvas, (i) => heat[i] >= 255 * said.threshold ? 0 : 0xcc000000);
     shown.photo.caption.textContent = name;
-    shown.map.caption.textContent = `its map, ${said.scalar}, layer ${said.layer}: most in ${place(map.indexOf(255))}`;
+    const most = map.findIndex((value, i) => value === 255 && i !== token - page.prefix);
+    shown.map.caption.textContent =
+      `its map, ${said.scalar}, layer ${said.layer}${most < 0 ? "" : `: most in ${place(most)}`}`;
     shown.mask.caption.textContent = `map ≥ ${(+said.threshold).toFixed(2)}: ${Math.round(100 * inside)} % of the picture`;
   }
 
@@ -203,8 +205,8 @@ async function showWords(root, page) {
       mark.style.setProperty("--s", own[i] / 255);
       mark.title = (top * own[i] / 255).toPrecision(2);
     });
-    const most = [...own.keys()].sort((a, b) => own[b] - own[a]).slice(0, 3).map((i) => marks[i].textContent);
-    told.textContent = `${page.words[said.word]}: most from ${most.join(" ")}`;
+    const most = [...own.keys()].sort((a, b) => own[b] - own[a]).slice(0, 3).map((i) => `“${marks[i].textContent}”`);
+    told.textContent = `${page.words[said.word]}: most from ${most.join(", ")}`;
   };
   form.onpointerover = ({ target }) => {
     const choice = target.closest("label")?.querySelector("[name=word]");

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAGE_SCALARS', 'LARGEST', 'every_map', 'in_steps', 'spread_tokens', 'maps_figure', 'picture_part', 'explain_page',
-           'summary_page', 'example_part']
+           'summary_page', 'example_title', 'example_part']
 
-# %% ../nbs/library/pages.ipynb #2e0d49b5
+# %% ../nbs/library/pages.ipynb #1853dc38
 import base64, io, zlib
 from functools import cache
 from jinja2 import Environment, PackageLoader
@@ -19,12 +19,12 @@ from torch import Tensor
 from .explanation_maps import explain_layers, minmax, suppress_self, target_tokens, upsample
 from .explorer import PictureExplorer, SummaryExplorer
 from .figures import palette, panels, show, token_box
-from .images import EXAMPLE, credited, fitting, photograph
+from .images import EXAMPLE, PHOTOGRAPHS, fitting, photograph
 from .models import Backbone, load
 from .segmentation import check_finite, cluster_tree
 from .summarization import coloured_words, word_scores
 
-# %% ../nbs/library/pages.ipynb #c162a9ba
+# %% ../nbs/library/pages.ipynb #507d7269
 PAGE_SCALARS = ["sum", "energy"]
 LARGEST = 2**26 # bytes of maps in a page
 
@@ -34,7 +34,7 @@ def _check_room(backbone):
     raise ValueError(f"a page with {backbone.tokens:,} tokens at {backbone.depth} layers would hold {size // 10**6} MB "
                      "of maps: take a smaller --image-size (image_size= of load)")
 
-# %% ../nbs/library/pages.ipynb #cb7e23a8
+# %% ../nbs/library/pages.ipynb #4c01d3c8
 def every_map(backbone:Backbone, # of a vision transformer
               image:Image.Image # any size
              ) -> Tensor: # in 0..1: sum and energy, layers 2 to L+1, all N tokens [2, L, N, h*w]
@@ -47,7 +47,7 @@ def every_map(backbone:Backbone, # of a vision transformer
         found.append(minmax(suppress_self(rows, None, backbone.prefix)))
     return torch.stack(found)
 
-# %% ../nbs/library/pages.ipynb #51896816
+# %% ../nbs/library/pages.ipynb #e5b3ec4d
 def in_steps(shares:Tensor # in 0..1 [..]
             ) -> np.ndarray: # 0..255 [..]
     "Numbers rounded to whole steps of 1/255"
@@ -57,13 +57,13 @@ def _packed(numbers):
     "An array's bytes, deflated, as text"
     return base64.b64encode(zlib.compress(np.ascontiguousarray(numbers).tobytes(), 9)).decode()
 
-# %% ../nbs/library/pages.ipynb #307fc562
+# %% ../nbs/library/pages.ipynb #cf71fb7c
 def _trees(maps, prefix):
     "The pairs merged, in order, of the clusters of patch tokens at each scalar and layer [S, L, h*w - 1, 2]"
     merged = lambda own: cluster_tree(own[prefix:])[:, :2].astype(np.uint16)
     return np.array([[merged(own) for own in layers] for layers in maps])
 
-# %% ../nbs/library/pages.ipynb #bd67c741
+# %% ../nbs/library/pages.ipynb #549f2268
 def spread_tokens(backbone:Backbone # of a vision transformer
                  ) -> list[int]: # token indices
     "Nine patch tokens spread over the picture, and CLS"
@@ -71,7 +71,7 @@ def spread_tokens(backbone:Backbone # of a vision transformer
     spread = {backbone.prefix + (h * (2 * r + 1) // 6) * w + w * (2 * c + 1) // 6 for r in range(3) for c in range(3)}
     return sorted(spread | ({0} if backbone.prefix else set()))
 
-# %% ../nbs/library/pages.ipynb #bf42eaa3
+# %% ../nbs/library/pages.ipynb #54daea81
 def maps_figure(backbone:Backbone, # of a vision transformer
                 image:Image.Image, # any size
                 maps:Tensor, # of the tokens, in 0..1 [T, h*w]
@@ -92,20 +92,20 @@ def maps_figure(backbone:Backbone, # of a vision transformer
         show(ax, pixels, heat, token_box(token, backbone.grid, pixels.shape[:2], backbone.prefix))
     return fig
 
-# %% ../nbs/library/pages.ipynb #83fa2137
+# %% ../nbs/library/pages.ipynb #146a6198
 def _jpeg(image):
     "A picture as the page's address of it"
     made = io.BytesIO()
     image.convert("RGB").save(made, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
 
-def _drawn(fig, dpi=150):
+def _drawn(fig, dpi=120):
     "A figure as a picture"
     made = io.BytesIO()
     fig.savefig(made, format="png", dpi=dpi)
     return Image.open(made)
 
-# %% ../nbs/library/pages.ipynb #d329592c
+# %% ../nbs/library/pages.ipynb #e6377edc
 def _prefix_names(backbone):
     "What the tokens before the patches are called"
     return ["CLS" if i == 0 else f"register {i}" for i in range(backbone.prefix)]
@@ -118,13 +118,14 @@ def _colours(rgb):
 def _picture_data(backbone, image, title, maps):
     "All that the script needs to know"
     heat = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
+    colours = [*palette(10), (38, 38, 38), (255, 255, 255)]
     return dict(title=title, grid=backbone.grid, prefix=backbone.prefix, tokens=backbone.tokens,
                 names=_prefix_names(backbone), layers=list(range(2, backbone.layer() + 1)), scalars=PAGE_SCALARS,
-                clusters=min(12, len(backbone.patches)), colours=_colours(palette(12)), heat=_colours(heat),
+                clusters=min(len(colours), len(backbone.patches)), colours=_colours(colours), heat=_colours(heat),
                 photo=_jpeg(image.resize(fitting(image.size))), maps=_packed(in_steps(maps)),
                 trees=_packed(_trees(maps, backbone.prefix)))
 
-# %% ../nbs/library/pages.ipynb #e093ce3c
+# %% ../nbs/library/pages.ipynb #2dd8513d
 def _model_facts(backbone):
     "What is said of a model below a page"
     hashed = backbone.weights_hash
@@ -143,7 +144,7 @@ def _picture_facts(backbone, title):
         "Segments": "the maps of all patch tokens in clusters; a pixel belongs to the cluster whose maps sum to most "
                     "there (eq. 7-8)"}
 
-# %% ../nbs/library/pages.ipynb #02a16840
+# %% ../nbs/library/pages.ipynb #bbae806c
 _TEMPLATES = Environment(loader=PackageLoader("ultra_nb", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 def picture_part(backbone:Backbone, # of a vision transformer
@@ -165,7 +166,7 @@ def picture_part(backbone:Backbone, # of a vision transformer
         _picture_data(backbone, image, title, maps), dict(token=token, layer=layer, scalar=scalar),
         dict(src=_jpeg(_drawn(still)), alt=alt), _picture_facts(backbone, title))
 
-# %% ../nbs/library/pages.ipynb #cc9a5862
+# %% ../nbs/library/pages.ipynb #bef54e8d
 def explain_page(backbone:Backbone, # of a vision transformer
                  image:Image.Image, # any size
                  title:str="a picture", # says what it shows, and whose it is
@@ -178,7 +179,7 @@ def explain_page(backbone:Backbone, # of a vision transformer
     part = picture_part(backbone, image, title, token, layer, scalar)
     return _TEMPLATES.get_template("page.html").render(title=f"Latent tokens of {title}", part=part)
 
-# %% ../nbs/library/pages.ipynb #212b4736
+# %% ../nbs/library/pages.ipynb #dabb4619
 def _word_shares(shown, choices, mode):
     "What each word of the context gave to the summary and to each of its words, as a share of the most; and the most"
     found = [[w.score for w in word_scores(shown.scores(word, layer, scalar, mode))]
@@ -192,7 +193,7 @@ def _words_facts(backbone, mode):
     how = dict(exact="exact", diagonal="diagonal, which leaves out what passes through the positions of other tokens")
     return _model_facts(backbone) | {"Mode": how[mode], "Scores": "eq. 15 of the paper; shares in steps of 1/255"}
 
-# %% ../nbs/library/pages.ipynb #a8edd51c
+# %% ../nbs/library/pages.ipynb #5b161c96
 def summary_page(shown:SummaryExplorer, # of a summary and its context
                  layer:int|None=None, # shown at first, as in `explain`
                  scalar:str="sum", # shown at first, as in `explain`
@@ -211,8 +212,12 @@ def summary_page(shown:SummaryExplorer, # of a summary and its context
         _words_facts(shown.rows.backbone, mode))
     return _TEMPLATES.get_template("page.html").render(title="What the summary was made from", part=part)
 
-# %% ../nbs/library/pages.ipynb #c2e356ed
+# %% ../nbs/library/pages.ipynb #6ccefcba
+def example_title() -> str: # "the astronaut Eileen Collins (NASA, public domain)"
+    "What the example shows, and whose it is"
+    return f"{PHOTOGRAPHS[EXAMPLE].shows} ({PHOTOGRAPHS[EXAMPLE].credit})"
+
 @cache
 def example_part() -> str: # HTML
     "The explorer of a photograph that a package carries, under the small ViT that comes with this one"
-    return picture_part(load("photo_vit"), photograph(EXAMPLE), credited(EXAMPLE))
+    return picture_part(load("photo_vit"), photograph(EXAMPLE), example_title())
