@@ -104,7 +104,7 @@ def test_with_a_mouse(opened):
     page.locator("h1").hover()
     assert "token=150" in page.url and captions(page)[0].startswith("Token 150")
     page.get_by_label("energy").click()
-    page.get_by_label("Threshold of the mask").fill("0.5")
+    page.get_by_label("Threshold").fill("0.5")
     page.get_by_label("Layer", exact=True).fill("4")
     check_map(page, 150, 4, "energy", .5)
     assert "Its map, energy, layer 4" in captions(page)[1] and captions(page)[2].startswith("Map ≥ 0.50: ")

@@ -1,11 +1,8 @@
 // Pictures and words that can be chosen: the script of pages, of the report and of the explorer in JupyterLab.
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-const make = (parent, tag, name = "") => {
-  const element = parent.appendChild(document.createElement(tag));
-  if (name) element.className = name;
-  return element;
-};
+const make = (parent, tag, className = "") =>
+  parent.appendChild(Object.assign(document.createElement(tag), { className, draggable: false }));
 
 // A figure with its caption, which says where it is clicked, in 0..1
 function figure(parent, name, clicked) {
@@ -84,14 +81,15 @@ function playable(button, slider) {
 
 // Values on a grid, interpolated to `zoom` times its size, as torch.nn.functional.interpolate does
 function upsampled(values, [h, w], zoom) {
-  const along = (size) => Array.from({ length: size * zoom }, (_, i) => {
+  const out = new Float32Array(h * w * zoom * zoom), line = new Float32Array(w);
+  const along = (i, size) => {
     const at = Math.max(0, (i + 0.5) / zoom - 0.5), low = Math.floor(at);
     return [low, Math.min(low + 1, size - 1), at - low];
-  });
-  const columns = along(w), out = new Float32Array(h * w * zoom * zoom);
-  let i = 0;
-  for (const [up, down, y] of along(h)) {
-    const line = Array.from({ length: w }, (_, x) => values[up * w + x] * (1 - y) + values[down * w + x] * y);
+  };
+  const columns = Array.from({ length: w * zoom }, (_, i) => along(i, w));
+  for (let row = 0, i = 0; row < h * zoom; row++) {
+    const [up, down, y] = along(row, h);
+    for (let x = 0; x < w; x++) line[x] = values[up * w + x] * (1 - y) + values[down * w + x] * y;
     for (const [left, right, x] of columns) out[i++] = line[left] * (1 - x) + line[right] * x;
   }
   return out;
@@ -99,7 +97,8 @@ function upsampled(values, [h, w], zoom) {
 
 function paint(canvas, colour) {
   const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
-  new Uint32Array(image.data.buffer).forEach((_, i, pixels) => { pixels[i] = colour(i); });
+  const pixels = new Uint32Array(image.data.buffer);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = colour(i);
   context.putImageData(image, 0, 0);
 }
 
@@ -162,11 +161,11 @@ async function showPicture(root, page) {
 
   function drawToken(said) {
     const token = +said.token, map = mapOf(said, token), heat = upsampled(map, page.grid, zoom);
-    const inside = heat.filter((value) => value >= 255 * said.threshold).length / heat.length;
+    const level = 255 * said.threshold, inside = heat.filter((value) => value >= level).length / heat.length;
     const name = page.names[token] ?? `token ${token}, ${place(token - page.prefix)}`;
     drawSquare(token);
     paint(shown.map.canvas, (i) => page.heat[Math.round(heat[i])]);
-    paint(shown.mask.canvas, (i) => heat[i] >= 255 * said.threshold ? 0 : 0xcc000000);
+    paint(shown.mask.canvas, (i) => heat[i] >= level ? 0 : 0xcc000000);
     shown.photo.caption.textContent = name;
     const most = map.findIndex((value, i) => value === 255 && i !== token - page.prefix);
     shown.map.caption.textContent =

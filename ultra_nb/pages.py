@@ -6,7 +6,7 @@
 __all__ = ['PAGE_SCALARS', 'LARGEST', 'every_map', 'in_steps', 'spread_tokens', 'maps_figure', 'picture_part', 'explain_page',
            'summary_page', 'example_title', 'example_part']
 
-# %% ../nbs/library/pages.ipynb #5ae9cd73
+# %% ../nbs/library/pages.ipynb #2fb85a35
 import base64, io, zlib
 from functools import cache
 from jinja2 import Environment, PackageLoader
@@ -24,7 +24,7 @@ from .models import Backbone, load
 from .segmentation import check_finite, cluster_tree
 from .summarization import coloured_words, word_scores
 
-# %% ../nbs/library/pages.ipynb #89111cba
+# %% ../nbs/library/pages.ipynb #1536ebde
 PAGE_SCALARS = ["sum", "energy"]
 LARGEST = 2**26 # bytes of maps in a page
 
@@ -34,7 +34,7 @@ def _check_room(backbone):
     raise ValueError(f"a page with {backbone.tokens:,} tokens at {backbone.depth} layers would hold {size // 10**6} MB "
                      "of maps: take a smaller --image-size (image_size= of load)")
 
-# %% ../nbs/library/pages.ipynb #0eed58db
+# %% ../nbs/library/pages.ipynb #d33a3116
 def every_map(backbone:Backbone, # of a vision transformer
               image:Image.Image # any size
              ) -> Tensor: # in 0..1: sum and energy, layers 2 to L+1, all N tokens [2, L, N, h*w]
@@ -47,7 +47,7 @@ def every_map(backbone:Backbone, # of a vision transformer
         found.append(minmax(suppress_self(rows, None, backbone.prefix)))
     return torch.stack(found)
 
-# %% ../nbs/library/pages.ipynb #34425324
+# %% ../nbs/library/pages.ipynb #ea9b1a56
 def in_steps(shares:Tensor # in 0..1 [..]
             ) -> np.ndarray: # 0..255 [..]
     "Numbers rounded to whole steps of 1/255"
@@ -57,13 +57,13 @@ def _packed(numbers):
     "An array's bytes, deflated, as text"
     return base64.b64encode(zlib.compress(np.ascontiguousarray(numbers).tobytes(), 9)).decode()
 
-# %% ../nbs/library/pages.ipynb #2d4c91d0
+# %% ../nbs/library/pages.ipynb #1edecaae
 def _trees(maps, prefix):
     "The pairs merged, in order, of the clusters of patch tokens at each scalar and layer [S, L, h*w - 1, 2]"
     merged = lambda own: cluster_tree(own[prefix:])[:, :2].astype(np.uint16)
     return np.array([[merged(own) for own in layers] for layers in maps])
 
-# %% ../nbs/library/pages.ipynb #41f2f656
+# %% ../nbs/library/pages.ipynb #e49d16e7
 def spread_tokens(backbone:Backbone # of a vision transformer
                  ) -> list[int]: # token indices
     "Nine patch tokens spread over the picture, and CLS"
@@ -71,7 +71,7 @@ def spread_tokens(backbone:Backbone # of a vision transformer
     spread = {backbone.prefix + (h * (2 * r + 1) // 6) * w + w * (2 * c + 1) // 6 for r in range(3) for c in range(3)}
     return sorted(spread | ({0} if backbone.prefix else set()))
 
-# %% ../nbs/library/pages.ipynb #4d1f486d
+# %% ../nbs/library/pages.ipynb #58cb2d16
 def maps_figure(backbone:Backbone, # of a vision transformer
                 image:Image.Image, # any size
                 maps:Tensor, # of the tokens, in 0..1 [T, h*w]
@@ -92,7 +92,7 @@ def maps_figure(backbone:Backbone, # of a vision transformer
         show(ax, pixels, heat, token_box(token, backbone.grid, pixels.shape[:2], backbone.prefix))
     return fig
 
-# %% ../nbs/library/pages.ipynb #e89df984
+# %% ../nbs/library/pages.ipynb #5d85ae6d
 def _jpeg(image):
     "A picture as the page's address of it"
     made = io.BytesIO()
@@ -105,7 +105,7 @@ def _drawn(fig, dpi=120):
     fig.savefig(made, format="png", dpi=dpi)
     return Image.open(made)
 
-# %% ../nbs/library/pages.ipynb #af521aba
+# %% ../nbs/library/pages.ipynb #ae18acd0
 def _prefix_names(backbone):
     "What the tokens before the patches are called: CLS first, registers last"
     config = getattr(backbone.model, "config", None)
@@ -129,7 +129,7 @@ def _picture_data(backbone, image, title, maps):
                 photo=_jpeg(image.resize(fitting(image.size))), maps=_packed(in_steps(maps)),
                 trees=_packed(_trees(maps, backbone.prefix)))
 
-# %% ../nbs/library/pages.ipynb #0720375f
+# %% ../nbs/library/pages.ipynb #12d5fef4
 def _model_facts(backbone):
     "What is said of a model below a page"
     hashed = backbone.weights_hash
@@ -148,7 +148,7 @@ def _picture_facts(backbone, title):
         "Segments": "the maps of all patch tokens in clusters; a pixel belongs to the cluster whose maps sum to most "
                     "there (eq. 7-8)"}
 
-# %% ../nbs/library/pages.ipynb #e6312532
+# %% ../nbs/library/pages.ipynb #35950bba
 _TEMPLATES = Environment(loader=PackageLoader("ultra_nb", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 def picture_part(backbone:Backbone, # of a vision transformer
@@ -170,7 +170,7 @@ def picture_part(backbone:Backbone, # of a vision transformer
         _picture_data(backbone, image, title, maps), dict(token=token, layer=layer, scalar=scalar),
         dict(src=_jpeg(_drawn(still)), alt=alt), _picture_facts(backbone, title))
 
-# %% ../nbs/library/pages.ipynb #db244c4a
+# %% ../nbs/library/pages.ipynb #cc9b65d6
 def explain_page(backbone:Backbone, # of a vision transformer
                  image:Image.Image, # any size
                  title:str="a picture", # says what it shows, and whose it is
@@ -183,7 +183,7 @@ def explain_page(backbone:Backbone, # of a vision transformer
     part = picture_part(backbone, image, title, token, layer, scalar)
     return _TEMPLATES.get_template("page.html").render(title=f"Latent tokens of {title}", part=part)
 
-# %% ../nbs/library/pages.ipynb #6e43ef99
+# %% ../nbs/library/pages.ipynb #792d3823
 def _word_shares(shown, choices, mode):
     "What each word of the context gave to the summary and to each of its words, as a share of the most; and the most"
     found = [[w.score for w in word_scores(shown.scores(word, layer, scalar, mode))]
@@ -197,7 +197,7 @@ def _words_facts(backbone, mode):
     how = dict(exact="exact", diagonal="diagonal, which leaves out what passes through the positions of other tokens")
     return _model_facts(backbone) | {"Mode": how[mode], "Scores": "eq. 15 of the paper; shares in steps of 1/255"}
 
-# %% ../nbs/library/pages.ipynb #1d86d955
+# %% ../nbs/library/pages.ipynb #ef9d9c16
 def summary_page(shown:SummaryExplorer, # of a summary and its context
                  layer:int|None=None, # shown at first, as in `explain`
                  scalar:str="sum", # shown at first, as in `explain`
@@ -216,7 +216,7 @@ def summary_page(shown:SummaryExplorer, # of a summary and its context
         _words_facts(shown.rows.backbone, mode))
     return _TEMPLATES.get_template("page.html").render(title="What the summary was made from", part=part)
 
-# %% ../nbs/library/pages.ipynb #55e1d3ca
+# %% ../nbs/library/pages.ipynb #e5eacdd0
 def example_title() -> str: # "the astronaut Eileen Collins (NASA, public domain)"
     "What the example shows, and whose it is"
     return f"{PHOTOGRAPHS[EXAMPLE].shows} ({PHOTOGRAPHS[EXAMPLE].credit})"
