@@ -191,9 +191,9 @@ def _model_options(parser, default):
                         help="layer of the latent tokens, 2 to number of blocks + 1 (default: after the last block)")
 
 # %% ../nbs/library/cli.ipynb #2624cc53
-def _mode_option(parser, default):
+def _mode_option(parser, default, shown="%(default)s"):
     parser.add_argument("--mode", choices=("exact", "diagonal"), default=default,
-                        help="exact maps, or all tokens' at once, approximately (default: %(default)s)")
+                        help=f"exact maps, or all tokens' at once, approximately (default: {shown})")
 
 def _precision_option(parser):
     parser.add_argument("--precision", choices=("float32", "medium", "bfloat16", "float16"), default="float32",
@@ -229,11 +229,6 @@ def _image_or_example(path):
 def _original_size(image):
     "Width and height of the picture as its file has it; a huge one is read smaller"
     return image.info.get("original_size", image.size)
-
-def _fitting(size, longest=640):
-    "A picture's size (W, H) shrunk so that its longer side is at most `longest`"
-    scale = min(1, longest / max(size))
-    return tuple(max(1, round(s * scale)) for s in size)
 
 # %% ../nbs/library/cli.ipynb #ff2b2aa2
 def _dtype(args):
@@ -298,7 +293,7 @@ def _as_point(text):
 # %% ../nbs/library/cli.ipynb #8923ecee
 def _explain_options(parser):
     _image_options(parser)
-    _mode_option(parser, "exact")
+    _mode_option(parser, None, "exact; a page is diagonal")
     _device_option(parser)
     _precision_option(parser)
     _force_option(parser)
@@ -307,51 +302,51 @@ def _explain_options(parser):
                        help="token index, 0 is CLS (default: nine tokens spread over the picture, and CLS)")
     which.add_argument("--at", type=_as_point, action="append", metavar="X,Y",
                        help="the token under this pixel of the picture; may be given again")
-    parser.add_argument("--out", default="explanation.png", metavar="FIG.png",
-                        help="figure to write, .png, .pdf or .svg (default: %(default)s)")
+    parser.add_argument("--out", metavar="FIG.png", help="figure to write, .png, .pdf or .svg "
+                                                         "(default: explanation.png when --html is not given)")
+    parser.add_argument("--html", metavar="PAGE.html",
+                        help="page to explore in a browser to write: every token, every layer, sum and energy")
 
 # %% ../nbs/library/cli.ipynb #ec2a804e
 def _target_tokens(args, backbone, size):
-    "Targets: --token, --at, or a spread of nine and CLS"
+    "Targets named by --token or --at; None where none is"
     from ultra_nb.figures import token_at
-    h, w = backbone.grid
     if args.token is not None: return [args.token]
     if args.at: return [token_at(*point, backbone.grid, size, backbone.prefix) for point in args.at]
-    spread = [backbone.prefix + (h * (2 * r + 1) // 6) * w + w * (2 * c + 1) // 6 for r in range(3) for c in range(3)]
-    return sorted({*spread, *([0] if backbone.prefix else [])})
 
 # %% ../nbs/library/cli.ipynb #566d7b98
-def _maps_figure(image, maps, tokens, backbone, layer):
-    "A picture and the maps of its tokens, six a row"
-    import numpy as np
-    from ultra_nb.figures import panels, show, token_box
-    pixels = np.asarray(image.resize(_fitting(image.size)))
-    names = ["CLS" if t == 0 and backbone.prefix else f"token {t}" for t in tokens]
-    titles = ["image", *(f"{name}, $l = {layer}$" for name in names)]
-    columns = min(len(titles), 6)
-    fig, axes = panels(-(-len(titles) // columns), columns, side=2.)
-    for ax in axes.flat[len(titles):]: ax.set_axis_off()
-    for ax, title in zip(axes.flat, titles, strict=False): ax.set_title(title, fontsize=9)
-    show(axes.flat[0], pixels)
-    for ax, token, heat in zip(axes.flat[1:], tokens, maps, strict=False):
-        show(ax, pixels, heat, token_box(token, backbone.grid, pixels.shape[:2], backbone.prefix))
-    return fig
+def _explain_figure(args, backbone, image, tokens):
+    "Writes the maps of some tokens as a figure"
+    from ultra_nb.explanation_maps import minmax, suppress_self
+    from ultra_nb.figures import save
+    from ultra_nb.pages import maps_figure, spread_tokens
+    args.mode, tokens = args.mode or "exact", tokens or spread_tokens(backbone)
+    rows = suppress_self(_maps(backbone, backbone.inputs(image), tokens, args), tokens, backbone.prefix)
+    fig = maps_figure(backbone, image, minmax(rows), tokens, backbone.layer(args.layer))
+    print(save(fig, args.out, force=args.force))
+
+def _explain_page(args, backbone, image, tokens):
+    "Writes a page with the maps of all tokens"
+    from ultra_nb.pages import example_title, explain_page
+    from ultra_nb.records import write_bytes
+    title = Path(args.image).name.encode("utf-8", "replace").decode() if args.image else example_title()
+    page = explain_page(backbone, image, title, tokens[0] if tokens else None, args.layer, args.scalar)
+    print(write_bytes(args.html, page.encode()))
 
 # %% ../nbs/library/cli.ipynb #3f34ded4
 @command("explain", _explain_options, help="draw the explanation maps of latent tokens")
 def explain_command(args:Namespace # of `_explain_options`
                    ) -> None:
-    """Draws which input tokens made latent tokens of a picture what they are. Without --model it asks a small ViT that
-    comes with the package."""
-    from ultra_nb.explanation_maps import minmax, suppress_self, upsample
-    from ultra_nb.figures import save
-    _check_writable(args.out, ".png", ".pdf", ".svg", force=args.force)
+    """Draws which input tokens made latent tokens of a picture what they are, or writes a page where they can be
+    explored. Without --model it asks a small ViT that comes with the package."""
+    if not (args.out or args.html): args.out = "explanation.png"
+    if args.html and args.mode == "exact": raise ValueError("--html holds every token's map: it takes --mode diagonal")
+    if args.out: _check_writable(args.out, ".png", ".pdf", ".svg", force=args.force)
+    if args.html: _check_writable(args.html, ".html", ".htm", force=args.force)
     image, backbone = _image_or_example(args.image), _backbone(args)
     tokens = _target_tokens(args, backbone, _original_size(image)[::-1])
-    rows = suppress_self(_maps(backbone, backbone.inputs(image), tokens, args), tokens, backbone.prefix)
-    maps = upsample(minmax(rows), backbone.grid, backbone.size).cpu().numpy()
-    fig = _maps_figure(image, maps, tokens, backbone, backbone.layer(args.layer))
-    print(save(fig, args.out, force=args.force))
+    if args.out: _explain_figure(args, backbone, image, tokens)
+    if args.html: _explain_page(args, backbone, image, tokens)
 
 # %% ../nbs/library/cli.ipynb #cb19ed15
 def _segment_options(parser):
@@ -374,10 +369,11 @@ def _index_mask(image, backbone, args):
     from PIL import Image
     from ultra_nb.explanation_maps import suppress_self
     from ultra_nb.figures import palette
+    from ultra_nb.images import fitting
     from ultra_nb.segmentation import segment
     maps = _maps(backbone, backbone.inputs(image), backbone.patches, args)
     rows = suppress_self(maps, backbone.patches, backbone.prefix)
-    found = segment(rows, backbone.grid, _fitting(image.size, 1024)[::-1], k=args.clusters)
+    found = segment(rows, backbone.grid, fitting(image.size, 1024)[::-1], k=args.clusters)
     mask = Image.fromarray(found.labels.astype(np.uint8), mode="P")
     mask.putpalette(palette(found.k).tobytes())
     if (winners := len(np.unique(found.labels))) < found.k:
@@ -755,10 +751,12 @@ def _read_text(path):
 def summarize_command(args:Namespace # of `_summarize_options`
                      ) -> None:
     """Scores every word of a text by what it contributes to a summary (eq. 15), the one given or the model's own, and
-    writes a page with coloured words."""
+    writes a page where each word of the summary can be clicked."""
+    from ultra_nb.explorer import SummaryExplorer
     from ultra_nb.models import load
+    from ultra_nb.pages import summary_page
     from ultra_nb.records import write_bytes
-    from ultra_nb.summarization import contribution_scores, summarize, text_page, word_scores
+    from ultra_nb.summarization import summarize, word_scores
     _check_writable(args.html, ".html", ".htm", force=args.force)
     context, backbone = _read_text(args.file).strip(), load(args.model, args.weights, args.device, dtype=_dtype(args))
     if backbone.grid is not None:
@@ -767,11 +765,11 @@ def summarize_command(args:Namespace # of `_summarize_options`
         raise ValueError(f"{args.model} has no tokenizer beside its weights: save it into the same folder")
     print(backbone, file=sys.stderr)
     summary = args.summary or summarize(backbone.model, tokenizer, context, truncate=args.truncate)
-    found = contribution_scores(backbone, tokenizer, context, summary, args.layer, args.scalar, args.mode,
-                                truncate=args.truncate)
+    shown = SummaryExplorer(backbone, context, summary, args.truncate)
+    found = shown.scores(None, args.layer, args.scalar, args.mode)
     print(f"TL;DR: {summary}")
     for word in sorted(word_scores(found), key=lambda w: -w.score)[:10]: print(f"{word.score:9.3g}  {word.text}")
-    print(write_bytes(args.html, text_page({args.model: found}).encode()))
+    print(write_bytes(args.html, summary_page(shown, args.layer, args.scalar, args.mode).encode()))
 
 # %% ../nbs/library/cli.ipynb #7dc5b6e7
 def _train_options(parser):
