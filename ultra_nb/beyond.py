@@ -55,7 +55,7 @@ def natural_k(tree:np.ndarray, # SciPy linkage matrix [n-1, 4]
     return 2 + int(np.argmax(last[:-1] - last[1:])) if len(last) > 1 else 2
 
 # %% ../nbs/07_beyond.ipynb #d6aaf25e
-def joint_segment(maps:Tensor, # one map per patch token, prefix dropped and self entry replaced (`suppress_self`) [n, h*w]
+def joint_segment(maps:Tensor, # one per patch token, prefix dropped and self entry replaced (`suppress_self`) [n, h*w]
                   tokens:Tensor, # latent tokens of the same patches, of `middle_tokens` [n, D]
                   grid:tuple[int, int], # (h, w) patches
                   size:tuple[int, int], # (H, W) pixels of the result
