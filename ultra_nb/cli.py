@@ -355,25 +355,33 @@ def _segment_options(parser):
     _device_option(parser)
     _precision_option(parser)
     _force_option(parser)
-    parser.add_argument("--clusters", type=int, default=4, metavar="K",
-                        help="number of segments (default: %(default)s)")
+    parser.add_argument("--clusters", type=int, metavar="K",
+                        help="number of segments (default: 4; with --joint as many as the picture shows)")
+    parser.add_argument("--joint", action="store_true",
+                        help="cluster maps and latent tokens together, which is not the paper's method")
     parser.add_argument("--out", metavar="MASK.png",
                         help="index mask of the picture's size to write "
                              "(default: mask.png when --overlay is not given)")
     parser.add_argument("--overlay", metavar="FIG.png", help="picture with the segments laid over it to write")
 
 # %% ../nbs/library/cli.ipynb #d37991f0
-def _index_mask(image, backbone, args):
-    "Segments of a picture as an index mask with a palette, its longer side at most 1024 pixels"
-    import numpy as np
-    from PIL import Image
+def _segmented(image, backbone, args):
+    "Segments of a picture, its longer side at most 1024 pixels"
+    from ultra_nb.beyond import joint_segment, middle_tokens
     from ultra_nb.explanation_maps import suppress_self
-    from ultra_nb.figures import palette
     from ultra_nb.images import fitting
     from ultra_nb.segmentation import segment
-    maps = _maps(backbone, backbone.inputs(image), backbone.patches, args)
-    rows = suppress_self(maps, backbone.patches, backbone.prefix)
-    found = segment(rows, backbone.grid, fitting(image.size, 1024)[::-1], k=args.clusters)
+    x, size = backbone.inputs(image), fitting(image.size, 1024)[::-1]
+    rows = suppress_self(_maps(backbone, x, backbone.patches, args), backbone.patches, backbone.prefix)
+    if not args.joint: return segment(rows, backbone.grid, size, k=4 if args.clusters is None else args.clusters)
+    return joint_segment(rows, middle_tokens(backbone, x, args.layer), backbone.grid, size, args.clusters)
+
+def _index_mask(image, backbone, args):
+    "Segments as an index mask with a palette"
+    import numpy as np
+    from PIL import Image
+    from ultra_nb.figures import palette
+    found = _segmented(image, backbone, args)
     mask = Image.fromarray(found.labels.astype(np.uint8), mode="P")
     mask.putpalette(palette(found.k).tobytes())
     if (winners := len(np.unique(found.labels))) < found.k:
@@ -392,7 +400,7 @@ def _one_file(a, b):
 def segment_command(args:Namespace # of `_segment_options`
                    ) -> None:
     """Clusters the explanation maps of all patch tokens and gives each pixel to the cluster with most relevance there
-    (eq. 7-8)."""
+    (eq. 7-8). With --joint, which is not the paper's, maps and latent tokens are clustered together."""
     import numpy as np
     from PIL import Image
     from ultra_nb.figures import blend, save_picture
@@ -403,7 +411,8 @@ def segment_command(args:Namespace # of `_segment_options`
         raise ValueError(f"--overlay {args.overlay} and --out {args.out} are one file: name two")
     image, backbone = _image_or_example(args.image), _backbone(args)
     most = min(len(backbone.patches), 255)
-    if not 1 <= args.clusters <= most: raise ValueError(f"--clusters {args.clusters}: choose 1 to {most}")
+    if args.clusters is not None and not 1 <= args.clusters <= most:
+        raise ValueError(f"--clusters {args.clusters}: choose 1 to {most}")
     mask = _index_mask(image, backbone, args)
     resized = lambda size: mask.resize(size, Image.Resampling.NEAREST)
     if args.out: print(save_picture(resized(_original_size(image)), args.out))
@@ -485,6 +494,8 @@ def _evaluate_options(parser):
                         help="average, complete, single or ward (default: %(default)s)")
     parser.add_argument("--metric", default="cosine", metavar="M",
                         help="cosine, correlation or euclidean (default: %(default)s)")
+    parser.add_argument("--joint", action="store_true",
+                        help="evaluate clusters of maps and latent tokens together as well, which is not the paper's")
 
 # %% ../nbs/library/cli.ipynb #2757137e
 def _dataset(args, complete=True):
@@ -518,13 +529,13 @@ def _named_scalars(texts, backbone, layer):
 # %% ../nbs/library/cli.ipynb #0036739f
 def _segmenters(args, backbone, classes):
     "What to evaluate, by name"
-    from ultra_nb.evaluation import ultra
+    from ultra_nb.evaluation import JOINT, ultra
     from ultra_nb.entries import comparisons
     baselines = args.baselines
     if baselines is None: baselines = not args.scalar and args.threshold is None
     asked = _named_scalars(args.scalar or ["sum", "energy"], backbone, args.layer)
     ours = {name: ultra(scalar) for name, scalar in asked.items()}
-    return ours | (comparisons(backbone, classes) if baselines else {})
+    return ours | (comparisons(backbone, classes) if baselines else {}) | (JOINT if args.joint else {})
 
 # %% ../nbs/library/cli.ipynb #fa6d4218
 def _print_result(found, skip_bad):
