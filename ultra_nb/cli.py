@@ -117,7 +117,8 @@ def _run(argv):
 def main(argv:list[str]|None=None # arguments; None = the command line's
         ) -> int: # exit code
     "Entry point of `ultra-nb`. Raises SystemExit for `--help` and for wrong arguments, as argparse does"
-    with _safe_streams(), _interrupts() as came:
+    with _safe_streams(), _interrupts() as came, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.") # a picture that cannot be read is said in one line
         try: _run(sys.argv[1:] if argv is None else argv)
         except BrokenPipeError: # the reader, such as head, has gone; nothing more may be written, not even at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -119,8 +119,8 @@ def _exact_rows(notes, g, tokens, order):
     cot[each, :, tokens] = g[:, tokens].transpose(0, 1) # the gradient of f, at i alone
     Gs = []
     for taped in reversed(notes):
-        G, cot = _step(taped, cot, taped is notes[0], batched=True) # eq. 4: [C, B, N, N]
-        if order == "rollout": r = row_product(r, [G.to(r)])
+        G, cot = _step(taped, cot, taped is notes[0], batched=True) # the bracket of eq. 4 [C, B, N, N]
+        if order == "rollout": r = row_product(r, [G.to(r)]) # row i of eq. 5
         else: Gs.insert(0, G.to(r))
     return row_product(r, Gs, order)
 
