@@ -55,7 +55,9 @@ def show(ax:Axes, # where to draw
     x, y, *size = box
     away = 0.01 * width # of the line from the patch, so that it hides nothing of it
     corner, sides = (x - 0.5 - away, y - 0.5 - away), [side + 2 * away for side in size]
-    ax.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=SQUARE, linewidth=1.2, clip_on=False))
+    square = Rectangle(corner, *sides, fill=False, edgecolor=SQUARE, linewidth=1.2, clip_on=False)
+    square.set_in_layout(False)
+    ax.add_patch(square)
 
 # %% ../nbs/library/figures.ipynb #ce0059bc
 def heat_bar(fig:Figure,
