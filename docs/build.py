@@ -57,6 +57,7 @@ class Renderer(IPythonRenderer):
     def inline_math(self, body): return mathml(body, "inline")
 
     def heading(self, text, level, **attrs):
+        text = re.sub(r"</?a\b[^>]*>", "", text) # the heading is a link itself
         self.headings.append((level, anchor(text), text))
         return f'<h{level} id="{anchor(text)}"><a href="#{anchor(text)}">{text}</a></h{level}>\n'
 
@@ -89,7 +90,7 @@ def page(notebook, lead, root, hosted, top=""):
     filters = {"markdown2html": html, "clean_html": lambda text: text} # the project's own code: nothing to clean
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
                             filters=filters)
-    body = exporter.from_notebook_node(notebook)[0]
+    body = exporter.from_notebook_node(notebook)[0].replace("<pre>", '<pre tabindex="0">') # scrolled by keys, too
     return f'<div class="lead">{html(lead)}</div>\n{top}{body}', renderer.headings
 
 def explorer():

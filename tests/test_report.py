@@ -2,6 +2,7 @@
 import html, json, re
 from itertools import pairwise
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from ultra_nb.cli import ENTRY_NAMES, main
 from ultra_nb.records import read_json, sealed, unsealed, write_json
 from ultra_nb.report import report_page
@@ -71,6 +72,8 @@ def test_in_a_browser(report, browser, scheme, width):
     assert wrong == [] and [url for url in asked if not url.startswith("data:")] == [(report / "index.html").as_uri()]
     images = page.evaluate(IMAGES)
     assert len(images) == 4 and all(loaded and alt > 40 and shown > 100 for loaded, alt, shown in images)
+    found = Axe().run(page).response["violations"]
+    assert not found, json.dumps(found, indent=1)
     contrast = page.evaluate(CONTRAST)
     assert len(contrast) > 10 and min(contrast.values()) >= 4.5, contrast
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
