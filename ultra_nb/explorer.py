@@ -326,7 +326,8 @@ class SummaryExplorer:
         _check_summary(backbone, context, summary)
         tokenizer, device = backbone.tokenizer, next(backbone.model.parameters()).device
         self.joined = join(tokenizer, context, summary, window=window_of(backbone.model))
-        self.reference, self.rows = reference, Rows(backbone, dict(input_ids=torch.tensor([self.joined.input_ids], device=device)))
+        self.rows = Rows(backbone, dict(input_ids=torch.tensor([self.joined.input_ids], device=device)))
+        self.reference = reference
         self.names = tokenizer.convert_ids_to_tokens(self.joined.input_ids[slice(*self.joined.context_span)])
         self.words = _words_with_tokens(tokenizer, self.joined)
 

@@ -188,11 +188,11 @@ def contribution_scores(model:nn.Module|Backbone, # any causal language model of
                         context:str|Sequence[str], # one, or a batch
                         summary:str|Sequence[str], # as many
                         layer:int|None=None, # the paper's l, 2 to L+1; None = L+1
-                        scalar:str|Tensor|Callable="sum", # as in `explain`; or "next", of `next_token` (not the paper's)
+                        scalar:str|Tensor|Callable="sum", # as in `explain`, or "next" (`next_token`, not the paper's)
                         mode:str="exact", # "exact" | "diagonal", as in `explain`
                         separator:str=SEPARATOR, # of `join`
                         truncate:bool=False, # of `join`
-                        explainer:Callable|None=None, # of `interpretability_metrics.EXPLAINERS`, to put in ULTra's place
+                        explainer:Callable|None=None, # of `interpretability_metrics.EXPLAINERS`, in ULTra's place
                         reference:nn.Module|Backbone|None=None # of "next": the model before DPO
                        ) -> Scores|Any: # a list of them for a batch
     """How much every token of a context contributes to its summary (eq. 15). Raises ValueError as `join`, `explain`
