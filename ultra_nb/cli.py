@@ -741,8 +741,12 @@ def _summarize_options(parser):
                              "package's, or the hub's)")
     parser.add_argument("--layer", type=int, metavar="L", help="layer of the summary's tokens, 2 to number of "
                                                                "blocks + 1 (default: after the last block)")
-    parser.add_argument("--scalar", choices=("sum", "energy", "normalized"), default="sum",
-                        help="number to explain (default: %(default)s)")
+    parser.add_argument("--scalar", choices=("sum", "energy", "normalized", "next"), default="sum",
+                        help="number to explain; next: log-probability of the summary's next word, which is not the "
+                             "paper's (default: %(default)s)")
+    parser.add_argument("--reference", metavar="NAME",
+                        help="of --scalar next: the model as it was before training with preferences, known by name or "
+                             "a folder; what it would have said is what the next word is held against")
     parser.add_argument("--mode", choices=("exact", "diagonal"), default="exact",
                         help="exact scores, or those of all tokens at once, approximately (default: %(default)s)")
     parser.add_argument("--truncate", action="store_true",
@@ -784,8 +788,9 @@ def summarize_command(args:Namespace # of `_summarize_options`
     if (tokenizer := backbone.tokenizer) is None:
         raise ValueError(f"{args.model} has no tokenizer beside its weights: save it into the same folder")
     print(backbone, file=sys.stderr)
+    reference = load(args.reference, device=args.device) if args.reference else None
     summary = args.summary or summarize(backbone.model, tokenizer, context, truncate=args.truncate)
-    shown = SummaryExplorer(backbone, context, summary, args.truncate)
+    shown = SummaryExplorer(backbone, context, summary, reference, args.truncate)
     found = shown.scores(None, args.layer, args.scalar, args.mode)
     print(f"TL;DR: {summary}")
     for word in sorted(word_scores(found), key=lambda w: -w.score)[:10]: print(f"{word.score:9.3g}  {word.text}")

@@ -7,9 +7,9 @@ __all__ = ['SIDE', 'Rows', 'PatchGrid', 'PictureExplorer', 'shared_file', 'explo
 
 # %% ../nbs/library/explorer.ipynb #b4698a6c
 import html, io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module, resources
 from matplotlib import colormaps
 import numpy as np
@@ -22,7 +22,7 @@ from .interpretability_metrics import object_masks
 from .models import Backbone
 from .posts import SEPARATOR
 from .segmentation import Segmentation, segment
-from .summarization import Scores, coloured_words, join, window_of, words_of
+from .summarization import Scores, coloured_words, join, next_token, window_of, words_of
 
 # %% ../nbs/library/explorer.ipynb #2b687ae3
 class Rows:
@@ -35,7 +35,7 @@ class Rows:
 
     def __call__(self, tokens:Sequence[int], # T targets
                  layer:int|None=None, # as in `explain`
-                 scalar:str="sum", # as in `explain`
+                 scalar:str|Callable="sum", # as in `explain`
                  mode:str="diagonal" # as in `explain`
                 ) -> Tensor: # [T, N], on the CPU
         kept = self.kept.setdefault((self.backbone.layer(layer), scalar, mode), {})
@@ -199,11 +199,11 @@ def _png(pixels):
     return file.getvalue()
 
 # %% ../nbs/library/explorer.ipynb #0817f9f6
-def _controls(backbone):
-    "Controls that both explorers have, by the names of `explain`'s arguments"
+def _controls(backbone, *scalars):
+    "Controls that both explorers have, by the names of `explain`'s arguments, and scalars beside its own"
     w = _widgets()
     return dict(layer=w.IntSlider(backbone.layer(), 2, backbone.layer(), description="layer"),
-                scalar=w.Dropdown(options=list(SCALARS), description="scalar"),
+                scalar=w.Dropdown(options=[*SCALARS, *scalars], description="scalar"),
                 mode=w.Dropdown(options=["diagonal", "exact"], description="mode"))
 
 # %% ../nbs/library/explorer.ipynb #60d45e62
@@ -282,6 +282,7 @@ class SummaryExplorer:
     def __init__(self, backbone:Backbone, # of a causal language model, with its tokenizer
                  context:str, # what was summarised
                  summary:str, # what was made of it
+                 reference:Backbone|None=None, # of `next_token`
                  truncate:bool=False # of `join`
                 ):
         _check_summary(backbone, context, summary)
@@ -289,30 +290,38 @@ class SummaryExplorer:
         self.joined = join(tokenizer, context, summary, window=window_of(backbone.model),
                            truncate=truncate)
         self.rows = Rows(backbone, dict(input_ids=torch.tensor([self.joined.input_ids], device=device)))
+        self.reference = reference
         self.names = tokenizer.convert_ids_to_tokens(self.joined.input_ids[slice(*self.joined.context_span)])
         self.words = _words_with_tokens(tokenizer, self.joined)
 
+    @cached_property
+    def next(self) -> Callable:
+        "The scalar of `next_token`"
+        return next_token(self.rows.backbone, self.rows.inputs, self.reference)
+
     def scores(self, word:int|None=None, # which of `words`; None = the whole summary, eq. 15
                layer:int|None=None, # as in `explain`
-               scalar:str="sum", # as in `explain`
+               scalar:str="sum", # as in `contribution_scores`
                mode:str="diagonal" # as in `explain`
               ) -> Scores:
         "What each token of the context gave to a word of the summary"
         tokens = range(*self.joined.summary_span) if word is None else self.words[word][1]
-        found = self.rows(tokens, layer, scalar, mode)[:, slice(*self.joined.context_span)].mean(0)
+        asked = ([t - 1 for t in tokens], layer, self.next) if scalar == "next" else (tokens, layer, scalar)
+        found = self.rows(*asked, mode)[:, slice(*self.joined.context_span)].mean(0)
         return Scores(**vars(self.joined), scores=found, tokens=self.names)
 
 # %% ../nbs/library/explorer.ipynb #f0f14de6
 def explore_text(backbone:Backbone, # of a causal language model, with its tokenizer
                  context:str, # what was summarised
-                 summary:str # what was made of it
+                 summary:str, # what was made of it
+                 reference:Backbone|None=None # of `next_token`: what the scalar "next" is held against
                 ): # a widget
     """Click a word of the summary and see what it was made from in the context; all words together are eq. 15. Raises
     ValueError as `SummaryExplorer` does"""
-    w, shown = _widgets(), SummaryExplorer(backbone, context, summary)
+    w, shown = _widgets(), SummaryExplorer(backbone, context, summary, reference)
     choices = [("all words", None), *((text, i) for i, (text, _) in enumerate(shown.words))]
     word = w.ToggleButtons(options=choices, style=dict(button_width="auto"))
-    controls, coloured, status = _controls(backbone), w.HTML(), w.HTML()
+    controls, coloured, status = _controls(backbone, "next"), w.HTML(), w.HTML()
     def draw(**choice):
         text = coloured_words(shown.scores(**choice))
         coloured.value = f'<style>{shared_file("explorer.css")}</style><div class="ultra-text">{text}</div>'
