@@ -491,7 +491,7 @@ from .datasets import DATA, Sample
 from .evaluation import BASELINES, ULTRA, Case, Confusion, confusions, evaluate, match, tally, ultra
 from .figures import charts, line, palette, swatches
 from .images import IGNORE, PHOTOGRAPHS
-from .interpretability_metrics import EXPLAINERS, patch_maps
+from .interpretability_metrics import EXPLAINERS
 from .preliminaries import class_map
 from .records import Result, sides
 from .segmentation import largest, segment
@@ -514,12 +514,11 @@ def class_logit_maps(backbone:Backbone, # a classifier, or a CLIP with its text 
     "Segments from the class maps of the k most likely classes"
     head = (lambda out: out) if names is None else _zero_shot(backbone, names)
     def method(case):
-        with torch.no_grad():
-            likely = head(backbone.model(case.inputs))[0].argsort(descending=True)[:case.segments]
-        logits = lambda out: head(out)[range(len(likely)), likely]
-        inputs = case.inputs.expand(len(likely), -1, -1, -1)
-        maps = class_map(backbone.model, inputs, logits, backbone.prefix, blocks=backbone.blocks)
-        return largest(minmax(maps), backbone.grid, case.size)
+        output, *_ = attentions(backbone.model, backbone.blocks, case.inputs)
+        likely = head(output)[0].argsort(descending=True)[:case.segments].tolist()
+        of = lambda c: class_map(backbone.model, case.inputs, lambda out: head(out)[:, c], backbone.prefix,
+                                 blocks=backbone.blocks)
+        return largest(minmax(torch.cat([of(c) for c in likely])), backbone.grid, case.size)
     return method
 
 # %% ../nbs/02_segmentation.ipynb #99582806
@@ -529,7 +528,7 @@ def comparisons(backbone:Backbone, # a vision backbone
     "All baselines that this model allows"
     def clustered(explainer):
         "Segments from an explainer's maps"
-        return lambda case: case.segment(patch_maps(explainer, backbone, case.inputs, case.layer, backbone.patches))
+        return lambda case: case.segment(case.maps_by(explainer))
     found = BASELINES | {name: clustered(EXPLAINERS[name]) for name in ("rollout", "LeGrad")}
     worded = backbone.clip is not None and hasattr(backbone.clip, "encode_text")
     if not worded and not getattr(backbone.model, "num_classes", 0): return found
@@ -1079,7 +1078,7 @@ def _fig13(s):
 from dataclasses import replace
 from .explanation_maps import latents
 from .interpretability_metrics import PERTURBATIONS, SIGNS, chosen_patches, image_seed, itiou_test, perturb
-from .interpretability_metrics import perturbation_test, random_rows, ultra_rows
+from .interpretability_metrics import patch_maps, perturbation_test, random_rows, ultra_rows
 
 # %% ../nbs/04_interpretability_metrics.ipynb #ac4791e2
 def _as_pictures(backbone, x):
