@@ -16,7 +16,7 @@ setup(
     python_requires=f">={ini['min_python']}", install_requires=ini["requirements"].split(),
     extras_require={**extras, "all": sorted({r for group in extras.values() for r in group})},
     packages=["ultra_nb", "ultra_nb.assets"], package_dir={"ultra_nb.assets": "data"},
-    package_data={"ultra_nb": ["py.typed", "report.html"], "ultra_nb.assets": ["*"]},
+    package_data={"ultra_nb": ["py.typed", "*.html", "*.css", "*.js"], "ultra_nb.assets": ["*"]},
     entry_points={"console_scripts": ini["console_scripts"].split(),
                   "nbdev": [f"{ini['lib_name']}={ini['lib_name']}._modidx:d"]}, zip_safe=False,
 )

@@ -24,6 +24,8 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 from nbdev.showdoc import show_doc
 from pygments.formatters import HtmlFormatter
+from ultra_nb.explorer import shared_file
+from ultra_nb.pages import example_part
 
 HERE = Path(__file__).parent
 STEPS = [step for step in FilterDefaults().base_procs() if step.__name__ != "exec_show_docs"] # nothing runs
@@ -55,6 +57,7 @@ class Renderer(IPythonRenderer):
     def inline_math(self, body): return mathml(body, "inline")
 
     def heading(self, text, level, **attrs):
+        text = re.sub(r"</?a\b[^>]*>", "", text) # the heading is a link itself
         self.headings.append((level, anchor(text), text))
         return f'<h{level} id="{anchor(text)}"><a href="#{anchor(text)}">{text}</a></h{level}>\n'
 
@@ -80,14 +83,19 @@ def processed(path, lib):
             cell.update(cell_type="markdown", source=documented(name[1], home))
     return notebook, yaml.safe_load(notebook.cells.pop(0).source.strip().strip("-"))
 
-def page(notebook, lead, root, hosted):
-    "Body of a page with its purpose on top, and its headings"
+def page(notebook, lead, root, hosted, top=""):
+    "Body of a page with its purpose on top, what follows it, and its headings"
     renderer = Renderer(root, hosted)
     html = lambda text: MarkdownWithMath(renderer=renderer).render(text)
     filters = {"markdown2html": html, "clean_html": lambda text: text} # the project's own code: nothing to clean
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
                             filters=filters)
-    return f'<div class="lead">{html(lead)}</div>\n{exporter.from_notebook_node(notebook)[0]}', renderer.headings
+    body = exporter.from_notebook_node(notebook)[0].replace("<pre>", '<pre tabindex="0">') # scrolled by keys, too
+    return f'<div class="lead">{html(lead)}</div>\n{top}{body}', renderer.headings
+
+def explorer():
+    "The explorer of a photograph, for the first page"
+    return f'{example_part()}\n<script type="module">\n{shared_file("explorer.js")}\n</script>\n'
 
 def navigation(titles, here, root, headings):
     "Links to all pages, and to the headings of the one being read"
@@ -111,13 +119,14 @@ def build(site):
     for name, (notebook, front) in found.items():
         root = "../" * name.count("/")
         lead = front.get("description", "")
-        body, headings = page(notebook, lead, root, f"{cfg.doc_host}{cfg.doc_baseurl}/")
+        top = explorer() if name == "index.html" else ""
+        body, headings = page(notebook, lead, root, f"{cfg.doc_host}{cfg.doc_baseurl}/", top)
         (site / name).parent.mkdir(exist_ok=True)
         parts = dict(site=cfg.title, title=front["title"], lead=escape(re.sub("[*`]", "", lead)), root=root, body=body,
                      navigation=navigation(titles, name, root, headings))
         (site / name).write_text(frame.substitute(parts), encoding="utf-8")
     light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in COLOURS.values())
-    style = f"{(HERE / 'style.css').read_text(encoding='utf-8')}{light}"
+    style = f"{(HERE / 'style.css').read_text(encoding='utf-8')}{shared_file('explorer.css')}{light}"
     (site / "style.css").write_text(f"{style}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n", encoding="utf-8")
     return site / "index.html"
 

@@ -2,7 +2,7 @@
 import shutil
 import pytest
 
-BROWSER = {"test_docs", "test_explorer", "test_report"} # one browser at a time
+BROWSER = {"test_docs", "test_explorer", "test_pages", "test_report"} # one browser at a time
 
 def pytest_collection_modifyitems(items):
     "With two workers (make test): tests of a file share its fixtures and stay together; notebooks are shared out"

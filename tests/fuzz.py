@@ -36,6 +36,10 @@ def own(folder):
     child.pictures(folder / "jpeg", ending=".jpg")
 
 VOC = "VOCdevkit/VOC2012"
+CITY = [f"{part}/val/ulm/ulm_000000_000000_{kind}.png"
+        for part, kind in dict(leftImg8bit="leftImg8bit", gtFine="gtFine_labelIds").items()]
+STUFF = ["images/val2017/0.jpg", "annotations/val2017/0.png"]
+TILES = ["2_Ortho_RGB/top_potsdam_2_10_RGB.tif", "5_Labels_all/top_potsdam_2_10_label.tif"]
 
 def voc(folder):
     child.pictures(folder / VOC, ending=".jpg")
@@ -51,6 +55,24 @@ def potsdam(folder):
     savemat(folder / "imgs/0.mat", dict(img=np.full((200, 200, 4), 7, np.uint8)), do_compression=True)
     savemat(folder / "gt/0.mat", dict(gt=np.eye(200, dtype=np.int32)), do_compression=True)
     (folder / "labelled_test.txt").write_text("0\n")
+
+def pair(folder, ending, values, **places):
+    "A picture and its mask, each at its place"
+    child.pictures(folder / "own", 1, values, size=(360, 360), ending=ending)
+    for part, place in places.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        next((folder / "own" / part).iterdir()).rename(folder / place)
+    shutil.rmtree(folder / "own")
+
+def cityscapes(folder): pair(folder, ".png", (7, 26), images=CITY[0], masks=CITY[1])
+
+def coco_stuff(folder): pair(folder, ".jpg", (120, 150), images=STUFF[0], masks=STUFF[1])
+
+def tiles(folder):
+    from PIL import Image
+    for place in TILES:
+        (folder / place).parent.mkdir()
+        Image.new("RGB", (400, 400), "blue").save(folder / place)
 
 def weights(folder):
     import torch
@@ -102,7 +124,8 @@ def materials():
     child.warm()
     for name in ("peft", "trl"): import_module(name)
     home = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    for make in (own, voc, potsdam, weights, language, evaluated, half_evaluated, half_fitted, reproduced, everything):
+    for make in (own, voc, cityscapes, coco_stuff, potsdam, tiles, weights, language, evaluated, half_evaluated,
+                 half_fitted, reproduced, everything):
         (home / make.__name__).mkdir()
         make(home / make.__name__)
     return home
@@ -184,6 +207,12 @@ READ = [ # material, the command that reads it, the files
     ("own", "data folder --root jpeg", "jpeg/images/0.jpg jpeg/masks/0.png"),
     ("voc", "perturb voc --root . --layer 2 --tokens 1", f"{VOC}/JPEGImages/0.jpg {VOC}/SegmentationClass/0.png"),
     ("voc", "data voc --root .", f"{VOC}/ImageSets/Segmentation/val.txt"),
+    ("cityscapes", "data cityscapes --root .", " ".join(CITY)),
+    ("cityscapes", "itiou cityscapes --root . --layer 2", " ".join(CITY)),
+    ("coco_stuff", "data coco-stuff --root .", " ".join(STUFF)),
+    ("coco_stuff", "itiou coco-stuff --root . --layer 2", " ".join(STUFF)),
+    ("tiles", "data potsdam --root . --split all", " ".join(TILES)),
+    ("tiles", "itiou potsdam --root . --split all --layer 2", " ".join(TILES)),
     ("potsdam", "data potsdam --root .", "imgs/0.mat gt/0.mat labelled_test.txt"),
     ("potsdam", "itiou potsdam --root . --layer 2", "imgs/0.mat gt/0.mat"),
     ("weights", "segment --model vit --layer 2 --clusters 2",

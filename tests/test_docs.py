@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import pytest, yaml
+from axe_playwright_python.sync_playwright import Axe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
@@ -60,7 +61,7 @@ def test_links_inside_the_site_lead_somewhere(site, pages):
 def test_pages_need_no_network(pages):
     for name, page in pages.items(): assert all(urlsplit(part).scheme in ("", "data") for part in page.parts), name
 
-CODE = r"<pre>.*?</pre>|<div class=\"highlight\">.*?</div>|<(code|td)>.*?</\1>"
+CODE = r"<pre[^>]*>.*?</pre>|<div class=\"highlight\">.*?</div>|<(code|td)>.*?</\1>"
 
 def test_equations_are_mathml(site, pages):
     equations = 0
@@ -130,6 +131,24 @@ def test_pages_in_a_browser(site, pages, browser):
             ink, paper = page.evaluate(BRIGHTNESS)
             assert (ink > paper) == (scheme == "dark") and abs(ink - paper) > 450, (name, scheme)
         assert not said, (name, said)
+    page.close()
+
+SPARED = dict(rules={"empty-table-header": dict(enabled=False)}) # an equation is no text to it
+
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+def test_a_screen_reader_finds_its_way(site, browser, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    for name in ("index.html", "explanation_maps.html"):
+        page.goto((site / name).as_uri())
+        found = Axe().run(page, options=SPARED).response["violations"]
+        assert not found, (name, json.dumps(found, indent=1))
+    page.close()
+
+def test_the_first_page_can_be_explored(site, browser):
+    page = browser.new_page(viewport=dict(width=1200, height=900))
+    page.goto((site / "index.html").as_uri())
+    page.locator(".ultra-explorer.live .photo .ultra-picture").click(position=dict(x=5, y=5))
+    assert "token=1" in page.url and "Token 1, row 1, column 1" in page.locator(".photo").inner_text()
     page.close()
 
 def test_quarto_can_run_what_it_runs():

@@ -27,6 +27,12 @@ def test_figure_is_the_committed_one(number, sources, tmp_path):
     except Missing as lack: pytest.skip(str(lack))
     assert (said := difference(drawn, f"figure{number}")) is None, said
 
+@pytest.mark.parametrize("number", QUICK)
+def test_drawn_twice_it_is_the_same_bytes(number, sources, tmp_path):
+    try: once, twice = (figure_of(f"fig{number}", sources, tmp_path / f"{time}.png") for time in ("once", "twice"))
+    except Missing as lack: pytest.skip(str(lack))
+    assert once.read_bytes() == twice.read_bytes()
+
 def test_one_other_token_is_seen(sources, tmp_path):
     "The tolerance lets no real change through: figure 3 with one of its tokens a patch further"
     tokens = tokens_at(sources.shown, POINTS)

@@ -21,6 +21,8 @@ FAILED = [ # cases that once ended badly
     ("everything", ("bench", "maps", "--repeats", "1", "--layer", "2", "--image-size", "64", "--weights", "\x18")),
     ("everything", tuple("evaluate folder --root own --layer 2 --limit 2 --ignore 999".split())),
     ("voc", ("data", "voc", "--root", "."), "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", ("flip", [(53, 1)])),
+    ("coco_stuff", tuple("data coco-stuff --root .".split()), fuzz.STUFF[1], ("other", "zip")),
+    ("tiles", tuple("itiou potsdam --root . --split all --layer 2".split()), fuzz.TILES[0], ("cut", 31)),
     ("weights", SEGMENT, "vit/preprocessor_config.json", ("json", [10, 7], 16)),
     ("weights", SEGMENT, "vit/preprocessor_config.json", ("json", [10, 24], 16)),
     ("weights", SEGMENT, "vit/preprocessor_config.json", ("json", [1], -1)),

@@ -38,7 +38,8 @@ def wheel(built): return built / WHEEL
 def test_wheel_and_sdist_hold_what_they_should(built):
     assert {p.name for p in built.iterdir()} == {WHEEL, f"ultra_nb-{INI['version']}.tar.gz"}
     modules = {f"ultra_nb/{p.name}" for p in (ROOT / "ultra_nb").glob("*.py")}
-    modules |= {"ultra_nb/py.typed", "ultra_nb/report.html"}
+    modules |= {f"ultra_nb/{name}" for name in ("py.typed", "report.html", "page.html", "page.css", "explorer.html",
+                                                "explorer.css", "explorer.js")}
     shipped = {f"ultra_nb/assets/{p.name}" for p in (ROOT / "data").iterdir()}
     with zipfile.ZipFile(built / WHEEL) as z:
         own = {n for n in z.namelist() if ".dist-info/" not in n}

@@ -830,7 +830,7 @@ EXPLAIN, OVERLAY = "explain --layer 2 --token 5 --out", "segment --layer 2 --clu
 PARTIAL = {**{f"figure.{e}": f"{EXPLAIN} figure.{e}" for e in ("png", "pdf", "svg")},
            "mask.png": "segment --clusters 20 --out mask.png",
            **{f"overlay.{e}": f"{OVERLAY} overlay.{e}" for e in ("png", "jpg", "webp")},
-           "summary.html": "summarize text --summary Sell"}
+           "page.html": "explain --html page.html", "summary.html": "summarize text --summary Sell"}
 
 @pytest.mark.parametrize("old", [b"", b"mine"])
 @pytest.mark.parametrize("file", PARTIAL)

@@ -210,8 +210,8 @@ def _inside(root, name):
 def _curated(listed, masks):
     "Names of the curated pictures: as listed, else by the rule"
     if listed.exists(): return listed.read_text().split()
-    paths = tqdm(sorted(masks.glob("*.png")), "which are mostly stuff")
-    return [path.stem for path in paths if mostly_stuff(read_labels(path))]
+    with tqdm(sorted(masks.glob("*.png")), "which are mostly stuff") as paths: # ends its line before an error's
+        return [path.stem for path in paths if mostly_stuff(read_labels(path))]
 
 # %% ../nbs/library/datasets.ipynb #63625848
 def coco_stuff(root:str|Path, # holds `images` and `annotations` (or `stuffthingmaps`), itself or in `cocostuff`

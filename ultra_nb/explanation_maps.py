@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'BREAKS', 'GRAPH', 'scalar_function', 'cotangents', 'pulled', 'stays', 'target_tokens', 'below',
-           'graph_bytes', 'explain', 'latents', 'suppress_self', 'minmax', 'upsample', 'patch_of']
+           'graph_bytes', 'explain', 'explain_layers', 'latents', 'pictures_at_once', 'suppress_self', 'minmax',
+           'upsample', 'patch_of']
 
 # %% ../nbs/01_explanation_maps.ipynb #ccc2f29d
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from .models import Backbone, layer_of
 from .preliminaries import DETACHED, RANDOM, Taped, attention_tap, attentions, broken_at, check_order
-from .preliminaries import contribution, differs, find_blocks, gradients, own_attention, row_product, tape
+from .preliminaries import contribution, differs, find_blocks, gradients, own_attention, row_product, sharing
+from .preliminaries import tape
 
 # %% ../nbs/01_explanation_maps.ipynb #c43ebd69
 def _normalized(z):
@@ -46,14 +48,21 @@ def _projection(W, shape):
         raise ValueError(f"W has shape {list(W.shape)}; these tokens need {needed}")
     return lambda z: (z * W.detach().to(z)).sum(-1)
 
+# %% ../nbs/01_explanation_maps.ipynb #b1e4e223
+def _check_finite(t, what, dtype):
+    "Raises ValueError for NaN or infinity in what a model of some type computed"
+    if t.isfinite().all(): return
+    way_out = "check the inputs and the model's weights"
+    if dtype == torch.float16: way_out = "float16 overflows above 65504: take bfloat16 or float32"
+    raise ValueError(f"the {what} contain NaN or infinity; {way_out}")
+
 # %% ../nbs/01_explanation_maps.ipynb #c1728107
 def cotangents(scalar:str|Tensor|Callable, # see the table above
                z:Tensor # latent tokens $z^{(l)}$ [B, N, D]
               ) -> Tensor: # $\nabla f(z_i)$ at every token [B, N, D]
     """The gradient each target starts from. Raises ValueError for latents that are not finite, and where f gives
     another shape, no gradient, or mixes tokens"""
-    if not z.isfinite().all():
-        raise ValueError("the latents contain NaN or infinity; check the inputs and the model's weights")
+    _check_finite(z, "latents", z.dtype)
     z = z.detach().requires_grad_()
     with torch.enable_grad(): f = scalar_function(scalar, z.shape[1:])(z)
     if f.shape != z.shape[:2]:
@@ -119,8 +128,8 @@ def _exact_rows(notes, g, tokens, order):
     cot[each, :, tokens] = g[:, tokens].transpose(0, 1) # the gradient of f, at i alone
     Gs = []
     for taped in reversed(notes):
-        G, cot = _step(taped, cot, taped is notes[0], batched=True) # eq. 4: [C, B, N, N]
-        if order == "rollout": r = row_product(r, [G.to(r)])
+        G, cot = _step(taped, cot, taped is notes[0], batched=True) # the bracket of eq. 4 [C, B, N, N]
+        if order == "rollout": r = row_product(r, [G.to(r)]) # row i of eq. 5
         else: Gs.insert(0, G.to(r))
     return row_product(r, Gs, order)
 
@@ -142,7 +151,7 @@ def _by_block(notes, cot):
 def _at_once(model, inputs, blocks, scalar):
     "Relevance rows [B, N, N] from one graph of the blocks. Raises RuntimeError where autograd cannot keep or pass it"
     _, As, z, _ = attentions(model, blocks, inputs, diagonal=True, whole=False)
-    grads = torch.autograd.grad(z, As, cotangents(scalar, z))
+    grads = torch.autograd.grad(z, As, cotangents(scalar, z), retain_graph=sharing())
     by_block = zip(reversed(As), reversed(grads), strict=True)
     return _superposed(z, (contribution(A.detach(), dA) for A, dA in by_block))
 
@@ -164,6 +173,7 @@ def stays(taped:Taped, # a block with its input
     cot = torch.randn(taped.z.shape, generator=torch.Generator().manual_seed(0)).to(taped.z) * inside[..., None]
     _, dA, dz = pulled(taped, cot, diagonal=diagonal)
     sizes = torch.linalg.vector_norm(dA, torch.inf, (1, 3)), torch.linalg.vector_norm(dz, torch.inf, -1) # [B, N] each
+    for s in sizes: _check_finite(s, "gradients", s.dtype)
     return all((s[~inside].max() <= 1e-6 * s.max()).item() for s in sizes)
 
 # %% ../nbs/01_explanation_maps.ipynb #27a95464
@@ -294,10 +304,14 @@ def graph_bytes(blocks:int, # number of them
     return blocks * size * (2 * attention + 20 * tokens)
 
 # %% ../nbs/01_explanation_maps.ipynb #1d3ea8ba
+def _graph_bytes(notes):
+    "`graph_bytes` of taped blocks"
+    A, z = _attention_of(notes[-1]), notes[-1].z
+    return graph_bytes(len(notes), A.numel(), z.numel(), A.element_size())
+
 def _graph_fits(notes):
     "Does the graph of these blocks stay below a gigabyte, or a quarter of a GPU's free memory?"
-    A, z = _attention_of(notes[-1]), notes[-1].z
-    return graph_bytes(len(notes), A.numel(), z.numel(), A.element_size()) < _room(A.device, GRAPH, .25)
+    return _graph_bytes(notes) < _room(notes[-1].z.device, GRAPH, .25)
 
 # %% ../nbs/01_explanation_maps.ipynb #94cdfc11
 def _checked(model, inputs, blocks, layer, check):
@@ -381,9 +395,31 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
     that cannot work"""
     _check_options(mode, order, chunk)
     model, blocks, layer = _asked(model, inputs, blocks, layer)
-    if mode == "exact": return _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk)
-    rows = _diagonal(model, inputs, blocks, layer, scalar)
-    return rows[:, target_tokens(tokens, rows.shape[1])]
+    if mode == "exact": rows = _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk)
+    else:
+        rows = _diagonal(model, inputs, blocks, layer, scalar)
+        rows = rows[:, target_tokens(tokens, rows.shape[1])]
+    _check_finite(rows, "maps", next(model.parameters()).dtype)
+    return rows
+
+# %% ../nbs/01_explanation_maps.ipynb #50d12f45
+@gradients()
+def explain_layers(model:nn.Module|Backbone, # as in `explain`
+                   inputs:Tensor|dict, # as in `explain`
+                   blocks:Sequence[nn.Module]|None=None, # as in `explain`
+                   scalar:str|Tensor|Callable="sum" # as in `explain`
+                  ) -> Tensor: # [L, B, N, N]: the rows of layers 2 to L+1, self entries untouched
+    "Diagonal maps of every token of every layer, by one sweep. Raises ValueError as `explain` does"
+    model, blocks, layer = _asked(model, inputs, blocks, None)
+    notes, z = _checked(model, inputs, blocks, layer, _check_positions)
+    B, N, D = z.shape
+    e = torch.eye(N, dtype=_wide(z), device=z.device).expand(1, B, N, N)
+    rows, cot = e[:0], z.new_zeros(0, B, N, D)
+    for taped in reversed(notes):
+        rows, cot = torch.cat([rows, e]), torch.cat([cot, cotangents(scalar, z)[None]])
+        G, cot = _step(taped, cot, taped is notes[0], diagonal=True, batched=True)
+        rows, z = rows + rows.diagonal(dim1=-2, dim2=-1)[..., None] * G, taped.z
+    return rows.flip(0)
 
 # %% ../nbs/01_explanation_maps.ipynb #3a144997
 @torch.no_grad()
@@ -395,6 +431,15 @@ def latents(model:nn.Module|Backbone, # as in `explain`
     "Latent tokens $z^{(l)}$, the residual stream before block l. Raises ValueError as `below` does"
     model, blocks, layer = _asked(model, inputs, blocks, layer)
     return _latents(tape(model, blocks, inputs), layer)
+
+# %% ../nbs/01_explanation_maps.ipynb #5c7e6d8d
+def pictures_at_once(backbone:Backbone # a vision backbone
+                    ) -> int: # at least 1, at most 64
+    "Pictures whose diagonal graph fits a sixteenth of a GPU's free memory; 1 on a CPU"
+    p = next(backbone.model.parameters())
+    if p.device.type != "cuda": return 1
+    one = _graph_bytes(below(backbone, p.new_zeros(1, 3, *backbone.size)))
+    return min(64, max(1, _room(p.device, 0, 1 / 16) // one))
 
 # %% ../nbs/01_explanation_maps.ipynb #473dc976
 def suppress_self(maps:Tensor, # from `explain` [.., T, N]

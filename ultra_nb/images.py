@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'FORMATS', 'MAX_PIXELS', 'ORIENTATION', 'IGNORE', 'PHOTOGRAPHS', 'EXAMPLE', 'to_8bit', 'to_rgb', 'open_image',
-           'read_image', 'Photograph', 'photograph', 'credited']
+           'read_image', 'fitting', 'Photograph', 'photograph', 'credited']
 
 # %% ../nbs/library/images.ipynb #5f70ce3e
 import threading
@@ -126,6 +126,14 @@ def _upright(image):
     same = (pixels.width >= pixels.height) == (width >= height) # else the turn made width and height change places
     pixels.info = dict(original_size=(width, height) if same else (height, width))
     return pixels
+
+# %% ../nbs/library/images.ipynb #6556c602
+def fitting(size:tuple[int, int], # (W, H)
+            longest:int=640 # pixels
+           ) -> tuple[int, int]: # (W, H)
+    "A picture's size shrunk so that its longer side is at most `longest`"
+    scale = min(1, longest / max(size))
+    return tuple(max(1, round(s * scale)) for s in size)
 
 # %% ../nbs/library/images.ipynb #2f8dcb7d
 IGNORE = 255 # the class of pixels that do not count

@@ -29,7 +29,7 @@ def image_seed(x:Tensor, # an image [C, H, W], or several [B, C, H, W]
                seed:int=0 # of the whole run
               ) -> int: # another for every image and every `seed`
     "A seed that belongs to an image: the same wherever it stands in a data set"
-    return int(np.random.SeedSequence([seed, zlib.crc32(x.cpu().numpy().tobytes())]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, zlib.crc32(x.cpu().float().numpy().tobytes())]).generate_state(1)[0])
 
 # %% ../nbs/04_interpretability_metrics.ipynb #d267180c
 def random_rows(backbone:Backbone, # a vision backbone
@@ -231,7 +231,7 @@ def perturb(x:Tensor, # an image as the model wants it [1, 3, H, W]
     _, C, H, W = x.shape
     inside = patches[:, None, patch_of((H, W), grid)]
     if kind == "mask": return x.masked_fill(inside, 0.)
-    return x + inside * sigma * torch.randn((len(patches), C, H, W), generator=generator).to(x)
+    return (x + inside * sigma * torch.randn((len(patches), C, H, W), generator=generator).to(x)).to(x)
 
 # %% ../nbs/04_interpretability_metrics.ipynb #a3957fc4
 def perturbation_distance(backbone:Backbone, # a vision backbone
@@ -349,7 +349,8 @@ def perturbation_test(backbone:Backbone, # a vision backbone
     layer, shares = _vision(backbone, layer), list(shares)
     methods = methods or {"ULTra_S diagonal": ultra_rows(mode="diagonal")}
     _check_perturbation(shares, k, len(backbone.patches))
-    work = lambda sample: perturbation_row(backbone, backbone.inputs(sample.image), methods, layer, shares, k, seed)
+    row = lambda x: perturbation_row(backbone, x, methods, layer, shares, k, seed)
+    work = lambda samples: [row(backbone.inputs(sample.image)) for sample in samples]
     metrics = lambda rows: _perturbation_metrics(rows, methods, shares, k, seed)
     settings = dict(test="perturbation", methods=list(methods), shares=shares, layer=layer, k=k, seed=seed)
     return measure(backbone, dataset, work, metrics, settings, out, resume, limit)
@@ -424,7 +425,7 @@ def itiou_test(backbone:Backbone, # a vision backbone
     methods = methods or {"ULTra_S diagonal": ultra_rows(mode="diagonal")}
     for tau in taus:
         if not 0 <= tau <= 1: raise ValueError(f"tau={tau}: it must be in 0..1")
-    work = lambda sample: itiou_row(backbone, sample, methods, layer, taus)
+    work = lambda samples: [itiou_row(backbone, sample, methods, layer, taus) for sample in samples]
     metrics = lambda rows: _overlap_metrics(rows, methods, taus, classes, seed)
     settings = dict(test="itiou", methods=list(methods), taus=taus, layer=layer, classes=classes, seed=seed)
     return measure(backbone, dataset, work, metrics, settings, out, resume, limit)
@@ -525,7 +526,7 @@ def dashboard(backbone:Backbone, # a vision backbone
     that owns a patch"""
     layers = [_vision(backbone, l) for l in layers or range(2, backbone.depth + 2)]
     names = [f"layer {l}" for l in layers]
-    work = lambda sample: _health_row(backbone, sample, layers, mode)
+    work = lambda samples: [_health_row(backbone, sample, layers, mode) for sample in samples]
     metrics = lambda rows: _health_metrics(rows, names, seed)
     settings = dict(test="dashboard", methods=names, layers=layers, mode=mode, seed=seed)
     return measure(backbone, dataset, work, metrics, settings, out, resume, limit)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANDOM', 'DETACHED', 'paper_block', 'plain_attention', 'diagonal_attention', 'softmax_attention', 'Tap',
-           'attention_tap', 'find_blocks', 'tokens_of', 'eager', 'Taped', 'gradients', 'forward', 'differs', 'tape',
-           'broken_at', 'own_attention', 'attentions', 'contribution', 'check_order', 'row_product', 'class_map',
-           'attention_rollout']
+           'attention_tap', 'find_blocks', 'tokens_of', 'eager', 'Taped', 'gradients', 'forward', 'differs',
+           'shared_passes', 'sharing', 'tape', 'broken_at', 'own_attention', 'attentions', 'contribution',
+           'check_order', 'row_product', 'class_map', 'attention_rollout']
 
 # %% ../nbs/00_preliminaries.ipynb #c6aebd15
 import random, sys
@@ -382,6 +382,41 @@ def _pass(model, blocks, inputs):
     if place in first: notes[0].place, notes[0].z = place, first[place] # the first block gets its tokens as the second
     return notes
 
+# %% ../nbs/00_preliminaries.ipynb #f62dbe6d
+class _Kept(local):
+    "The forward passes of a thread, by what was asked for; None where they are not shared"
+    passes: dict|None = None
+
+_kept = _Kept()
+
+@contextmanager
+def shared_passes():
+    "Inside, this thread makes each pass of `tape` and `attentions` once for the same model and the same inputs object"
+    before, _kept.passes = _kept.passes, {}
+    try: yield
+    finally: _kept.passes = before
+
+def sharing() -> bool:
+    "Whether the graph of a pass is to be kept, since someone else may ask for it"
+    return _kept.passes is not None
+
+# %% ../nbs/00_preliminaries.ipynb #0fd3ed1a
+def _once(make, inputs, *asked):
+    "What a pass gives, and again what it gave where passes are shared"
+    if not sharing(): return make()
+    if asked not in _kept.passes: _kept.passes[asked] = inputs, make() # the inputs stay, and so does their id
+    return _kept.passes[asked][1]
+
+# %% ../nbs/00_preliminaries.ipynb #a1eead38
+def _taped(model, blocks, inputs):
+    "As `tape`, made anew"
+    dice, notes = _dice(), _pass(model, blocks, inputs)
+    if len({t.shape for n in notes for t in (n.z, n.after)}) > 1:
+        raise ValueError(f"the blocks do not all work on tokens [B, N, D] of one shape; {_MERGES}")
+    if _dice() != dice and differs(notes[-1], _pass(model, blocks, inputs)[-1].after, 1e-3):
+        raise ValueError(RANDOM)
+    return notes
+
 # %% ../nbs/00_preliminaries.ipynb #e4338b32
 def tape(model:nn.Module, # any transformer, in eval mode
          blocks:Sequence[nn.Module], # its L blocks in order
@@ -389,12 +424,8 @@ def tape(model:nn.Module, # any transformer, in eval mode
         ) -> list[Taped]: # block, input and output, L of them
     """One forward pass without gradients that notes what enters and leaves each block. Raises ValueError where a block
     does not run exactly once, in order, on tokens [B, N, D], and where the pass is random"""
-    dice, notes = _dice(), _pass(model, list(blocks), inputs)
-    if len({t.shape for n in notes for t in (n.z, n.after)}) > 1:
-        raise ValueError(f"the blocks do not all work on tokens [B, N, D] of one shape; {_MERGES}")
-    if _dice() != dice and differs(notes[-1], _pass(model, list(blocks), inputs)[-1].after, 1e-3):
-        raise ValueError(RANDOM)
-    return notes
+    asked = "tape", id(model), tuple(map(id, blocks)), id(inputs)
+    return _once(lambda: _taped(model, list(blocks), inputs), inputs, *asked)
 
 # %% ../nbs/00_preliminaries.ipynb #4be1e4bd
 def _leads_to(node, leaves):
@@ -502,15 +533,9 @@ def own_attention(attention:list, # what a tap recorded
 # %% ../nbs/00_preliminaries.ipynb #295770b2
 class _Reached(Exception): "The last block that is wanted has run"
 
-def attentions(model:nn.Module, # any transformer
-               blocks:Sequence[nn.Module], # its L blocks in order, or the first of them
-               inputs:Tensor|dict, # images [B, C, H, W], or a dict of model inputs
-               diagonal:bool=False, # of `attention_tap`
-               whole:bool=True # to the model's output, or only as far as the last of `blocks`
-              ) -> tuple: # (output, [A of each block [B, H, N, N]], tokens after the last [B, N, D], n of later calls)
-    """One forward pass under a tap, in one graph; the output is None where the pass ends early. Raises ValueError as
-    `tape` and `own_attention` do"""
-    blocks, calls, found, out, dice = list(blocks), [0], [], None, _dice()
+def _attentions(model, blocks, inputs, diagonal, whole):
+    "As `attentions`, made anew"
+    calls, found, out, dice = [0], [], None, _dice()
     with attention_tap(diagonal) as tap:
         def enter(block, args, kwargs): calls.append(len(tap.attention))
         def leave(block, args, out):
@@ -522,6 +547,19 @@ def attentions(model:nn.Module, # any transformer
     _check_calls([b for b, _, _ in found], blocks)
     if _dice() != dice: tape(model, blocks, inputs) # is it random, or did it merely ask?
     return out, [A for _, A, _ in found], found[-1][2], len(tap.attention) - calls[-1]
+
+# %% ../nbs/00_preliminaries.ipynb #fcf6ecd6
+def attentions(model:nn.Module, # any transformer
+               blocks:Sequence[nn.Module], # its L blocks in order, or the first of them
+               inputs:Tensor|dict, # images [B, C, H, W], or a dict of model inputs
+               diagonal:bool=False, # of `attention_tap`
+               whole:bool=True # to the model's output, or only as far as the last of `blocks`
+              ) -> tuple: # (output, [A of each block [B, H, N, N]], tokens after the last [B, N, D], n of later calls)
+    """One forward pass under a tap, in one graph; the output is None where the pass ends early. Raises ValueError as
+    `tape` and `own_attention` do"""
+    asked = "graph", id(model), tuple(map(id, blocks)), id(inputs), diagonal, whole
+    with gradients() if sharing() else nullcontext():
+        return _once(lambda: _attentions(model, list(blocks), inputs, diagonal, whole), inputs, *asked)
 
 # %% ../nbs/00_preliminaries.ipynb #9b125202
 DETACHED = "attention passes no gradient on: it was detached, or its output is not used"
@@ -589,7 +627,7 @@ def class_map(model:nn.Module, # any transformer classifier, in eval mode
         pools = f"{type(model).__name__} pools its tokens by attention, so the class is no token's"
         raise ValueError(f"{pools}: explain the tokens instead (explain), or a model that reads CLS or a mean")
     score = _class_score(model, output, target).sum()
-    *grads, dz = torch.autograd.grad(score, [*As, z], allow_unused=True)
+    *grads, dz = torch.autograd.grad(score, [*As, z], allow_unused=True, retain_graph=sharing())
     row = _readout(dz) # [B, N]
     if any(g is None for g in grads): raise ValueError(DETACHED)
     Gs = [contribution(A.detach(), grad) for A, grad in zip(As, grads, strict=True)] # eq. 1 [B, N, N]

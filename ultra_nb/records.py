@@ -226,16 +226,17 @@ class Run:
 
 # %% ../nbs/library/records.ipynb #77d52b70
 @contextmanager
-def one_thread_each(device:str|torch.device="cpu" # where the work is done
+def one_thread_each(device:str|torch.device="cpu", # where the work is done
+                    on_gpu:int=1 # pieces at a time on a GPU, so that it does not wait for what the processor does
                    ):
     """A pool for independent pieces of work: as many at a time as PyTorch has threads, each computed with one, as is
-    what runs beside it; one at a time on a GPU"""
+    what runs beside it; so many as said on a GPU"""
     from threadpoolctl import threadpool_limits
     cores = torch.get_num_threads()
     def alone():
         torch.set_num_threads(1)
         threadpool_limits(1)
-    workers = cores if torch.device(device).type == "cpu" else 1
+    workers = cores if torch.device(device).type == "cpu" else on_gpu
     with threadpool_limits(1), ThreadPoolExecutor(workers, initializer=alone) as pool:
         torch.set_num_threads(1)
         try: yield pool
@@ -280,11 +281,18 @@ def told(found:dict, # of `with_intervals`
     return f"{found[name]:.1f} ({found[f'{name} low']:.1f} to {found[f'{name} high']:.1f})"
 
 # %% ../nbs/library/records.ipynb #12b621f4
+def _lines(metrics):
+    "Lines of a table: a row for each method, a column for each metric"
+    names = [k for k in next(iter(metrics.values())) if not k.endswith((" low", " high"))]
+    table = [["", *names], *([method, *(told(m, k) for k in names)] for method, m in metrics.items())]
+    width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    return ["  ".join([method.ljust(width), *map(str.rjust, told_of, widths)]) for method, *told_of in table]
+
 @dataclass
 class Result:
     "What a measurement over a data set found"
     metrics: dict # method to {metric: value, "metric low", "metric high"}, the ends of 95 % intervals
-    details: dict # what else was found, as JSON can hold it
+    details: dict # what else was found, as JSON can hold it; "apart": methods to metrics, minus those of the first
     rows: list # one per image, without the images that could not be read
     bad: dict # name of such an image to what is wrong with it
     settings: dict # everything the result depends on
@@ -294,13 +302,12 @@ class Result:
         return len(self.rows)
 
     def __str__(self):
-        names = [k for k in next(iter(self.metrics.values())) if not k.endswith((" low", " high"))]
-        table = [["", *names], *([method, *(told(m, k) for k in names)] for method, m in self.metrics.items())]
-        width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
-        lines = ["  ".join([method.ljust(width), *map(str.rjust, told_of, widths)]) for method, *told_of in table]
         protocol = f", protocol {p}" if (p := self.settings.get("protocol")) else ""
         of_what = f"{self.n} images of {self.settings['dataset']}{protocol}; in brackets 95 % intervals"
-        return "\n".join([*lines, of_what])
+        lines = [*_lines(self.metrics), of_what]
+        if apart := self.details.get("apart"):
+            lines += ["", *_lines(apart), f"minus {next(iter(self.metrics))}, on the same images"]
+        return "\n".join(lines)
 
 # %% ../nbs/library/records.ipynb #6fee19c4
 def process_rank() -> int: # 0, 1, ..
@@ -321,20 +328,30 @@ def _processes(device):
         yield state.process_index, state.num_processes, state.wait_for_everyone
 
 # %% ../nbs/library/records.ipynb #1428493f
-def _row(i, dataset, work, known):
-    "The row of image i, the known one where the image is still the same; what cannot be read is a row too"
+def _read(i, dataset, known):
+    "What identifies image i, and the sample to measure; or its row, where it is known or cannot be read, and None"
     try: sample = dataset[i]
-    except (ValueError, OSError) as e: return dict(i=i, name=dataset.files[i][0], error=" ".join(str(e).split()))
+    except (ValueError, OSError) as e:
+        return dict(i=i, name=dataset.files[i][0], error=" ".join(str(e).split())), None
     content = hashlib.sha256(np.asarray(sample.image).tobytes() + sample.mask.tobytes()).hexdigest()
-    if i not in known: return dict(i=i, name=sample.name, sha256=content) | work(sample)
-    if known[i]["sha256"] == content: return known[i]
+    if i not in known: return dict(i=i, name=sample.name, sha256=content), sample
+    if known[i]["sha256"] == content: return known[i], None
     raise ValueError(f"{sample.name} is not the picture and mask that were measured under this name; name a new folder")
 
+def _rows(group, dataset, work, known):
+    "The rows of a group of images: those known are what they were"
+    read = [_read(i, dataset, known) for i in group]
+    samples = [sample for _, sample in read if sample is not None]
+    found = iter(work(samples) if samples else [])
+    return [row if sample is None else row | next(found) for row, sample in read]
+
 # %% ../nbs/library/records.ipynb #dc8b2574
-def _each(row, indices, pool, **options):
-    "Rows in order, with progress; no more than some at a time, however long the list"
-    rows = (r for start in range(0, len(indices), 1024) for r in pool.map(row, indices[start:start + 1024]))
-    return tqdm(rows, desc="images", total=len(indices), delay=2, unit="image", **options)
+def _each(rows, indices, pool, batch, **options):
+    "Rows in order, with progress; no more than some groups at a time, however long the list"
+    groups = [indices[start:start + batch] for start in range(0, len(indices), batch)]
+    parts = (part for start in range(0, len(groups), 1024) for part in pool.map(rows, groups[start:start + 1024]))
+    return tqdm((row for part in parts for row in part), desc="images", total=len(indices), delay=2, unit="image",
+                **options)
 
 # %% ../nbs/library/records.ipynb #2dddcb1f
 def _list_hash(dataset, n):
@@ -345,9 +362,9 @@ def _list_hash(dataset, n):
     return digest.hexdigest()
 
 # %% ../nbs/library/records.ipynb #498752ba
-def _try(row, n, out):
+def _try(rows, n, out):
     "Measures the first image that can be read, where the folder is new"
-    if not (Path(out) / "settings.json").exists(): next((r for r in map(row, range(n)) if "error" not in r), None)
+    if not (Path(out) / "settings.json").exists(): next((i for i in range(n) if "error" not in rows([i])[0]), None)
 
 # %% ../nbs/library/records.ipynb #0f31a591
 def _result(rows, metrics, settings):
@@ -374,17 +391,17 @@ def _report(run, metrics, device, seconds, fresh):
     return found
 
 # %% ../nbs/library/records.ipynb #24250aad
-def _measure_in(out, settings, row, n, metrics, device):
+def _measure_in(out, settings, rows, n, metrics, device, batch):
     "Measures what a folder lacks of n images, and writes the result there"
     start, fresh = time.monotonic(), False
     with _processes(device) as (rank, world, wait):
-        if rank == 0: _try(partial(row, known={}), n, out)
+        if rank == 0: _try(partial(rows, known={}), n, out)
         with Run(out, settings, rank) as run:
             wait()
             known = {i: r for i, r in run.rows().items() if "error" not in r}
             wait()
-            with one_thread_each(device) as pool:
-                for r in _each(partial(row, known=known), range(rank, n, world), pool, disable=rank > 0):
+            with one_thread_each(device, min(batch, 4)) as pool:
+                for r in _each(partial(rows, known=known), range(rank, n, world), pool, batch, disable=rank > 0):
                     if r is known.get(r["i"]): continue
                     run.add(r)
                     fresh = True
@@ -396,22 +413,24 @@ def _measure_in(out, settings, row, n, metrics, device):
 # %% ../nbs/library/records.ipynb #dbd677cb
 def measure(backbone, # the vision `Backbone` that is measured
             dataset, # from `open_data`
-            work:Callable, # sample to a row, as JSON can hold it
+            work:Callable, # samples to their rows, as JSON can hold them
             metrics:Callable, # rows to (metrics, details) of a `Result`
             settings:dict, # all that the rows and metrics depend on beside model and data; has "methods" and "seed"
             out:str|Path|None=None, # folder of the run; None = nothing is written
             resume:bool=True, # go on with what is in `out`
-            limit:int|None=None # the first so many images; None = all
+            limit:int|None=None, # the first so many images; None = all
+            batch:int=1 # images that are measured together
            ) -> Result: # over the images that could be read
     "Measures every image of a data set. Raises ValueError where `out` holds another run, or no image can be read"
     n, device = min(len(dataset), limit or len(dataset)), next(backbone.model.parameters()).device
     data = dict(dataset=f"{dataset.name} {dataset.split}", images=n, list_hash=_list_hash(dataset, n),
                 classes=len(dataset.classes), crop=dataset.crop)
     model = dict(model=backbone.name, weights_hash=backbone.weights_hash, size=list(backbone.size))
-    settings, row = data | model | settings, partial(_row, dataset=dataset, work=work)
+    if backbone.precision != "float32": model["precision"] = backbone.precision
+    settings, rows = data | model | settings, partial(_rows, dataset=dataset, work=work)
     if out is None:
-        with one_thread_each(device) as pool:
-            return _result(list(_each(partial(row, known={}), range(n), pool)), metrics, settings)
+        with one_thread_each(device, min(batch, 4)) as pool:
+            return _result(list(_each(partial(rows, known={}), range(n), pool, batch)), metrics, settings)
     if not resume and Path(out).exists() and any(Path(out).iterdir()):
         raise ValueError(f"{out} is not empty; name a new folder")
-    return _measure_in(out, settings, row, n, metrics, device)
+    return _measure_in(out, settings, rows, n, metrics, device, batch)

@@ -15,6 +15,7 @@ from PIL import Image
 import ultra_nb
 from .entries import ENTRIES, PAPER_SCALARS, beside_paper, entry_names
 from .evaluation import BASELINES
+from .pages import example_part
 from .records import read_json, told, unsealed
 from .weights import checksum
 
@@ -165,8 +166,8 @@ def report_page(out:str|Path # folder of a reproduction
     questions = [_question(key, found) for key, found in (study_record("ambiguities_segmentation") or {}).items()]
     pages = Environment(loader=PackageLoader("ultra_nb", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return pages.get_template("report.html").render(
-        sections=sections, counts=counts, meaning=STATUS, profile=note, ambiguities=questions, ways=_ways_to_learn(),
-        last=max(records, key=lambda r: r["seconds"], default=None),
+        explorer=example_part(), sections=sections, counts=counts, meaning=STATUS, profile=note,
+        ambiguities=questions, ways=_ways_to_learn(), last=max(records, key=lambda r: r["seconds"], default=None),
         commits=sorted({r["commit"] or "an installed package" for r in records}),
         devices=sorted({r["device"] for r in records}), seconds=sum(r["seconds"] for r in records),
         columns=["Method", "Model", "Data", "Metric", "Paper", "Ours", "95 % interval", "Difference", "n", "Protocol",

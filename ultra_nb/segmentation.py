@@ -65,6 +65,19 @@ def cluster_tree(rows:Tensor, # one vector per token: its scaled map [n, n], or 
     check_finite(rows)
     return hierarchy.linkage(squareform(distances(rows, metric).numpy(), checks=False), linkage)
 
+# %% ../nbs/02_segmentation.ipynb #765d252f
+def _left(tree, k):
+    "The k clusters that are left where the last k - 1 merges are undone, numbered by their first tokens [n]"
+    n, children, nodes = len(tree) + 1, tree[:, :2].astype(int), [2 * len(tree)]
+    for node in nodes: nodes += [] if node < n else children[node - n, ::-1].tolist() # from the top down
+    merges = [node for node in nodes if node >= n]
+    done = set(sorted(reversed(merges), key=lambda node: tree[node - n, 2])[:n - k])
+    top = np.arange(2 * n)
+    for node in merges:
+        if node in done: top[children[node - n]] = top[node]
+    _, first, found = np.unique(top[:n], return_index=True, return_inverse=True)
+    return first.argsort().argsort()[found]
+
 # %% ../nbs/02_segmentation.ipynb #09d53f77
 def cut(tree:np.ndarray, # SciPy linkage matrix [n-1, 4]
         k:int|None=None, # number of clusters, or
@@ -76,7 +89,7 @@ def cut(tree:np.ndarray, # SciPy linkage matrix [n-1, 4]
         raise ValueError("give either k, the number of clusters, or threshold, the distance up to which they merge")
     n = len(tree) + 1
     if k is not None and not 1 <= k <= n: raise ValueError(f"{k} clusters of {n} tokens: choose 1 to {n}")
-    raw = hierarchy.cut_tree(tree, k)[:, 0] if k else hierarchy.fcluster(tree, threshold, "distance") - 1
+    raw = _left(tree, k) if k else hierarchy.fcluster(tree, threshold, "distance") - 1
     by_size = np.argsort(-np.bincount(raw), kind="stable")
     return np.argsort(by_size)[raw]
 
