@@ -192,10 +192,12 @@ def _word_shares(shown, choices, mode):
     tops = scores.amax(-1)
     return scores / tops.clamp_min(torch.finfo(tops.dtype).tiny)[:, None], tops
 
-def _words_facts(backbone, mode):
+def _words_facts(backbone, scalars, mode):
     "What is said below a summary"
     how = dict(exact="exact", diagonal="diagonal, which leaves out what passes through the positions of other tokens")
-    return _model_facts(backbone) | {"Mode": how[mode], "Scores": "eq. 15 of the paper; shares in steps of 1/255"}
+    scores = "eq. 15 of the paper, shares in steps of 1/255"
+    if "next" in scalars: scores += "; the scalar next is not the paper's"
+    return _model_facts(backbone) | {"Mode": how[mode], "Scores": scores}
 
 # %% ../nbs/library/pages.ipynb #ef9d9c16
 def summary_page(shown:SummaryExplorer, # of a summary and its context
@@ -213,7 +215,7 @@ def summary_page(shown:SummaryExplorer, # of a summary and its context
                 shares=_packed(in_steps(shares)), tops=[float(f"{top:.3g}") for top in tops])
     part = _TEMPLATES.get_template("explorer.html").module.words(
         data, dict(layer=layer, scalar=scalar), coloured_words(shown.scores(None, layer, scalar, mode)),
-        _words_facts(shown.rows.backbone, mode))
+        _words_facts(shown.rows.backbone, scalars, mode))
     return _TEMPLATES.get_template("page.html").render(title="What the summary was made from", part=part)
 
 # %% ../nbs/library/pages.ipynb #e5eacdd0
