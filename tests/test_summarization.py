@@ -7,11 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 import child
 from ultra_nb.cli import main
+from ultra_nb.explanation_maps import latents
 from ultra_nb.posts import post, read_posts
 from ultra_nb.models import load
 from ultra_nb.preliminaries import find_blocks
 from ultra_nb.benchmark import per_token_maps
-from ultra_nb.summarization import contribution_scores, join, text_figure, word_scores
+from ultra_nb.summarization import contribution_scores, join, next_token, text_figure, word_scores
 
 ROOT = Path(__file__).parent.parent
 KIT = Path(os.environ.get("ULTRA_NB_KIT", ROOT.parent / "shared" / "kit"))
@@ -52,6 +53,14 @@ def test_scores_are_the_papers_on(name, tokenizer):
         both = contribution_scores(net, tokenizer, [TEXT, "Short."], ["boss wants", "a longer summary than that"])
         alone = contribution_scores(net, tokenizer, TEXT, "boss wants")
         assert torch.allclose(both[0].scores, alone.scores, atol=1e-10)
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_next_token_is_as_likely_as_the_model_says(name, tokenizer):
+    torch.manual_seed(0)
+    net, inputs = MODELS[name](len(tokenizer)).eval().double(), dict(input_ids=torch.arange(3, 40)[None])
+    with torch.no_grad(): likely = net(**inputs).logits[0, :-1].log_softmax(-1)
+    own = likely.gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+    torch.testing.assert_close(next_token(net, inputs)(latents(net, inputs))[0, :-1], own)
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 
@@ -123,6 +132,8 @@ def test_summarize_writes_a_page(folder, tmp_path, capsys, monkeypatch):
     "more than the model's window of 1024": ["LONG", "--summary", "s"],
     "outside 2..4": ["FILE", "--summary", "s", "--layer", "9"],
     "must end in .html": ["FILE", "--html", "page.txt"],
+    "belongs to scalar='next'": ["FILE", "--summary", "s", "--reference", "tldr_llama_sft"],
+    "has another vocabulary": ["FILE", "--summary", "s", "--scalar", "next", "--reference", "tldr_llama_sft"],
 }.items())
 def test_summarize_says_what_is_wrong(said, argv, folder, tmp_path, capsys):
     files = dict(EMPTY=b" \n", BYTES=b"\xff\xfe\x00", FILE=b"words", LONG=b"word " * 400)

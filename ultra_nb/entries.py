@@ -17,7 +17,7 @@ from PIL import Image
 import ultra_nb
 from .datasets import Pictures, open_data
 from .explanation_maps import explain, minmax, suppress_self, upsample
-from .figures import save, token_at
+from .figures import redraw, token_at
 from .images import EXAMPLE, credited, photograph
 from .models import Backbone, load, where
 from .weights import asset, checksum
@@ -264,9 +264,9 @@ def figure_of(name:str, # of an entry with one figure
               s:Sources, # what it is made of
               path:str|Path # the file
              ) -> Path:
-    "Draws one entry's figure into a file, replacing what is there"
+    "Draws one entry's figure into a file, which stays as it is where it looks the same"
     (fig, _), = ENTRIES[name].make(s).figures.values()
-    return save(fig, path, force=True)
+    return redraw(fig, path)
 
 # %% ../nbs/library/00_entries.ipynb #aeaee537
 POINTS = [(.47, .25), (.35, .62), (.07, .3), (.8, .8), (.86, .16)] # as shares of width and height

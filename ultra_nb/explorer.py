@@ -289,15 +289,15 @@ class SummaryExplorer:
         tokenizer, device = backbone.tokenizer, next(backbone.model.parameters()).device
         self.joined = join(tokenizer, context, summary, window=window_of(backbone.model),
                            truncate=truncate)
-        self.rows = Rows(backbone, dict(input_ids=torch.tensor([self.joined.input_ids], device=device)))
-        self.reference = reference
+        self.inputs = dict(input_ids=torch.tensor([self.joined.input_ids], device=device))
+        self.rows, self.reference = Rows(backbone, self.inputs), reference
         self.names = tokenizer.convert_ids_to_tokens(self.joined.input_ids[slice(*self.joined.context_span)])
         self.words = _words_with_tokens(tokenizer, self.joined)
 
     @cached_property
-    def next(self) -> Callable:
+    def said_next(self) -> Callable:
         "The scalar of `next_token`"
-        return next_token(self.rows.backbone, self.rows.inputs, self.reference)
+        return next_token(self.rows.backbone, self.inputs, self.reference)
 
     def scores(self, word:int|None=None, # which of `words`; None = the whole summary, eq. 15
                layer:int|None=None, # as in `explain`
@@ -306,8 +306,9 @@ class SummaryExplorer:
               ) -> Scores:
         "What each token of the context gave to a word of the summary"
         tokens = range(*self.joined.summary_span) if word is None else self.words[word][1]
-        asked = ([t - 1 for t in tokens], layer, self.next) if scalar == "next" else (tokens, layer, scalar)
-        found = self.rows(*asked, mode)[:, slice(*self.joined.context_span)].mean(0)
+        asked: str | Callable = self.said_next if scalar == "next" else scalar
+        targets = [t - (scalar == "next") for t in tokens] # the token that predicts one stands before it
+        found = self.rows(targets, layer, asked, mode)[:, slice(*self.joined.context_span)].mean(0)
         return Scores(**vars(self.joined), scores=found, tokens=self.names)
 
 # %% ../nbs/library/explorer.ipynb #f0f14de6
