@@ -383,7 +383,8 @@ def _segmented(image, backbone, args):
     x, size = backbone.inputs(image), fitting(image.size, 1024)[::-1]
     rows = suppress_self(_maps(backbone, x, backbone.patches, args), backbone.patches, backbone.prefix)
     if not args.joint: return segment(rows, backbone.grid, size, k=4 if args.clusters is None else args.clusters)
-    return joint_segment(rows, middle_tokens(backbone, x, args.layer), backbone.grid, size, args.clusters)
+    tokens = middle_tokens(backbone, x, args.layer)
+    return joint_segment(rows, tokens, backbone.grid, image.resize(size[::-1]), args.clusters)
 
 def _index_mask(image, backbone, args):
     "Segments as an index mask with a palette"

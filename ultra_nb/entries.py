@@ -17,7 +17,7 @@ from PIL import Image
 import ultra_nb
 from .datasets import Pictures, open_data
 from .explanation_maps import explain, minmax, suppress_self, upsample
-from .figures import save, token_at
+from .figures import redraw, token_at
 from .images import EXAMPLE, credited, photograph
 from .models import Backbone, load, where
 from .weights import asset, checksum
@@ -264,9 +264,9 @@ def figure_of(name:str, # of an entry with one figure
               s:Sources, # what it is made of
               path:str|Path # the file
              ) -> Path:
-    "Draws one entry's figure into a file, replacing what is there"
+    "Draws one entry's figure into a file, which stays as it is where it looks the same"
     (fig, _), = ENTRIES[name].make(s).figures.values()
-    return save(fig, path, force=True)
+    return redraw(fig, path)
 
 # %% ../nbs/library/00_entries.ipynb #aeaee537
 POINTS = [(.47, .25), (.35, .62), (.07, .3), (.8, .8), (.86, .16)] # as shares of width and height
@@ -932,7 +932,7 @@ def faulted(s:Sources, # what is there
            ) -> list: # (scene's place, accuracy by poor labels, accuracy by full ones), the largest loss first
     "How right the segments of ULTra_S are by poor and by full labels, where both have something to tell apart"
     rows = []
-    for i in range(s.number(n)):
+    for i in range(min(n, s.limit or n)):
         full = Case(s.segmenter, s.pictures[i], layer=s.profile.layer)
         poor = Case(s.segmenter, _poorly(s.pictures[i], s.pictures.classes))
         if len(poor.classes) < 2: continue
@@ -1047,14 +1047,13 @@ def figure13(case:Case, # one image
     fig.set_size_inches(7.2, 6.2)
     rows = fig.add_gridspec(4, 1, height_ratios=[1, 1.9, 1, 1.8])
     _draw_nodes(fig, rows, case, maps, top, thresholds)
-    row = rows[3].subgridspec(1, len(found) + 1)
-    pictures = {"image": (pixels, "")}
+    pictures: dict[str, tuple] = {"image": (pixels, "")}
     for t, f in found.items():
         painted = Image.fromarray(_shades(top.clusters, f.clusters, palette(top.k))[f.labels])
         laid_over = Image.blend(Image.fromarray(pixels), painted, .7)
         pictures[rf"segments at $\zeta = {t:g}$"] = laid_over, f"{f.k} clusters"
-    for cell, (title, (picture, count)) in zip(row, pictures.items(), strict=True):
-        _titled(fig, cell, picture, title, count)
+    row = rows[3].subgridspec(1, len(pictures))
+    for i, (title, (picture, count)) in enumerate(pictures.items()): _titled(fig, row[i], picture, title, count)
     return fig
 
 # %% ../nbs/02_segmentation.ipynb #e20cd0f6

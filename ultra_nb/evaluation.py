@@ -250,7 +250,7 @@ def joint(own_k:bool=False # as many segments as the picture shows, whatever `k`
     def method(case):
         tokens = middle_tokens(case.backbone, case.inputs, case.layer)
         k = None if own_k else min(case.segments, len(tokens))
-        return joint_segment(case.maps("sum"), tokens, case.backbone.grid, case.size, k).labels
+        return joint_segment(case.maps("sum"), tokens, case.backbone.grid, case.sample.image, k).labels
     return method
 
 JOINT = {"joint (not the paper's)": joint(), "joint, own k (not the paper's)": joint(own_k=True)}
