@@ -131,7 +131,7 @@ def _as_backbone(model):
     return model if isinstance(model, Backbone) else Backbone(model, find_blocks(model), model.config.hidden_size)
 
 # %% ../nbs/05_summarization.ipynb #85c33610
-def _readout(backbone):
+def _norm_and_head(backbone):
     "The last norm and the head of a language model. Raises ValueError where there are none"
     model, last = backbone.model, backbone.blocks[-1]
     name = next((name for name, m in model.named_modules() if m is last), "")
@@ -143,7 +143,7 @@ def _readout(backbone):
     return norm, head
 
 @torch.no_grad()
-def _check_readout(backbone, inputs, norm, head):
+def _check_head(backbone, inputs, norm, head):
     "ValueError for a model whose logits are something else than its head on its norm"
     said, read = forward(backbone.model, inputs).logits, head(norm(latents(backbone, inputs)))
     if (read - said).abs().max() <= torch.finfo(said.dtype).eps**.5 * said.abs().max(): return
@@ -164,8 +164,8 @@ def next_token(model:nn.Module|Backbone, # a causal language model of transforme
     r"""The scalar $f(z_i)$ above: what a latent token says of the next one (not the paper's). Raises ValueError for a
     model whose logits are not its head on its last norm, and for a reference with another vocabulary"""
     backbone, following = _as_backbone(model), inputs["input_ids"].roll(-1, 1)[..., None] # the last token has none
-    norm, head = _readout(backbone)
-    _check_readout(backbone, inputs, norm, head)
+    norm, head = _norm_and_head(backbone)
+    _check_head(backbone, inputs, norm, head)
     q = None if reference is None else _said(reference, inputs)
     def f(z):
         likely = head(norm(z)).log_softmax(-1) # [B, N, V]
