@@ -270,9 +270,10 @@ def bench_sizes(sizes:Sequence[int]=SIZES, # pixels
                 turns:int=3 # timed; one above 1,000 tokens
                ) -> dict: # size to {way: seconds}; "peak MB" to the same at the largest size and for the text
     "Seconds and peak memory of all procedures on a CPU, from few tokens to many; each peak in a fresh process"
-    found, peaks = {}, {}
+    found: dict = {}
+    peaks: dict = {}
     for size in (*sizes, str(text)):
-        found[str(size)] = _timed(size, turns if not isinstance(size, str) and size <= 448 else 1)
+        found[str(size)] = _timed(size, turns if isinstance(size, int) and size <= 448 else 1)
         print(size, found[str(size)], file=sys.stderr, flush=True)
     for size in (sizes[-1], str(text)):
         names = [n for n in _ways(size)[1] if not n.endswith(", 3")]
@@ -345,7 +346,9 @@ def bench_evaluate(backbone:Backbone, # from `load`, on its device
                    batch:int|None=None # of `evaluate`
                   ) -> dict: # "pictures per second"; "loading share" of the threads' time, "model share", ..
     "Speed of an evaluation, and what its time goes into"
-    loading, rows, clustering = [], [], []
+    loading: list = []
+    rows: list = []
+    clustering: list = []
     device = next(backbone.model.parameters()).device
     run = partial(evaluation.evaluate, backbone, dataset, methods=methods, batch=batch)
     run(limit=1) # what is found out about a model once does not count
@@ -392,7 +395,7 @@ def _bench_vit(name, device, batch):
 # %% ../nbs/library/benchmark.ipynb #343b92e1
 PRECISIONS = dict(highest=torch.float32, medium=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
-def _alike(maps, true):
+def _correlation(maps, true):
     "Mean correlation of maps with true ones [.., n]"
     maps, true = (m.double() - m.double().mean(-1, keepdim=True) for m in (maps, true))
     return torch.cosine_similarity(maps, true, dim=-1).mean().item()
@@ -416,7 +419,7 @@ def bench_precision(backbone:Backbone, # in float32
                 at, run = f"{mode}, {how}", maps(dtype)
                 found[f"{at}, seconds"], rows = _median(run, device, turns), run()
             found[f"{at}, error"] = ((rows - true).abs().max() / true.max()).item()
-            found[f"{at}, correlation"] = _alike(rows, true)
+            found[f"{at}, correlation"] = _correlation(rows, true)
     return found
 
 # %% ../nbs/library/benchmark.ipynb #581ae454

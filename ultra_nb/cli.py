@@ -1030,6 +1030,7 @@ def _bench_evaluate(args):
     lines = "\n".join(f"{name:20} {value:8.3g}" for name, value in found.items())
     return lines, dict(metrics=found, n=found["pictures"], settings=settings, weights_hash=backbone.weights_hash)
 
+# %% ../nbs/library/cli.ipynb #557775e8
 def _bench_precision(args):
     "What was measured, as text and as `write_record` takes it"
     from PIL import Image
@@ -1058,6 +1059,7 @@ def _bench_gpu(args):
     found = bench_gpu(torch.device(args.device), args.quick)
     return gpu_table(found), dict(metrics=found, n=1, settings=dict(quick=args.quick), seed=0)
 
+# %% ../nbs/library/cli.ipynb #52f24c54
 @command("bench", _bench_options, help="measure speed and memory")
 def bench_command(args:Namespace # of `_bench_options`
                  ) -> None:

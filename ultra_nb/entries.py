@@ -564,7 +564,7 @@ def _class_colours(cases, names):
     legend = {names[c]: colour for c, colour in zip(every, colours, strict=True)}
     return legend, [colours[np.searchsorted(every, case.classes)] for case in cases]
 
-def _compared(cases, methods):
+def _side_by_side(cases, methods):
     "Figure 2 without truth: segments in the colours of the first method's"
     fig, axes = panels(len(methods) + 1, len(cases), side=1.15)
     colours = palette(max(case.segments for case in cases))
@@ -587,7 +587,7 @@ def figure2(cases:Sequence[Case], # images, a column each, all with masks or all
             names:Sequence[str]=() # of the classes, where there are masks
            ): # matplotlib figure
     "Figure 2: images, true classes, segments coloured by the class they match, or by the first method's segments"
-    if not any(len(case.classes) for case in cases): return _compared(cases, methods)
+    if not any(len(case.classes) for case in cases): return _side_by_side(cases, methods)
     fig, axes = panels(len(methods) + 2, len(cases), side=1.15)
     legend, own = _class_colours(cases, names)
     for column, case, colours in zip(axes.T, cases, own, strict=True):

@@ -118,8 +118,8 @@ class Batch:
 
 # %% ../nbs/library/evaluation.ipynb #788d651e
 @dataclass
-class Case:
-    "An image with its mask, and what methods look at"
+class _Asked:
+    "An image with its mask, and how it is to be segmented"
     backbone: Backbone # a vision backbone
     sample: Sample # name, image, mask [H, W] of class indices or 255
     k: int|str|None = "classes" # number of segments; "classes" = as many as the mask has classes
@@ -164,6 +164,10 @@ class Case:
         if self.k is not None: return self.k
         raise ValueError("this method needs a number of segments: give k, a threshold belongs to the tree of the maps")
 
+# %% ../nbs/library/evaluation.ipynb #37773428
+@dataclass
+class Case(_Asked):
+    "An image with its mask, and what methods look at"
     @cached_property
     def latents(self) -> Tensor: # latent patch tokens z^(l) [n, D]
         found = self.among("latents", lambda x: latents(self.backbone, x, layer=self.layer))

@@ -151,7 +151,7 @@ def token_at(x:float, y:float, # pixel of the picture, from its top left corner
 CHANGING = { # notes that are left out
     ".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
-def _drawn(fig, kind) -> bytes:
+def _as_file(fig, kind) -> bytes:
     "A figure as a file of a kind of `CHANGING`"
     made = io.BytesIO()
     with rc_context({"svg.hashsalt": "ultra_nb"}):
@@ -166,12 +166,12 @@ def save(fig:Figure,
     path = Path(path)
     if path.exists() and not force: raise FileExistsError(f"{path} exists already; name another file or pass --force")
     if (kind := path.suffix.lower()) not in CHANGING: raise ValueError(f"{path} must end in {' or '.join(CHANGING)}")
-    return write_bytes(path, _drawn(fig, kind))
+    return write_bytes(path, _as_file(fig, kind))
 
 # %% ../nbs/library/figures.ipynb #a7f77752
 SEEN = 2 # of 255: root mean square, over pixels, of a difference that can be seen
 
-def _alike(a, b):
+def _looks_alike(a, b):
     "Whether two PNG files look the same"
     a, b = (np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), float) for file in (a, b))
     return a.shape == b.shape and ((a - b)**2).mean()**.5 <= SEEN
@@ -180,8 +180,8 @@ def redraw(fig:Figure,
            path:str|Path # a .png
           ) -> Path:
     "Writes a figure, in place of an older one only where that looks different. Raises OSError"
-    path, made = Path(path), _drawn(fig, ".png")
-    return path if path.exists() and _alike(path.read_bytes(), made) else write_bytes(path, made)
+    path, made = Path(path), _as_file(fig, ".png")
+    return path if path.exists() and _looks_alike(path.read_bytes(), made) else write_bytes(path, made)
 
 # %% ../nbs/library/figures.ipynb #c6caf559
 def save_picture(image:Image.Image,

@@ -133,7 +133,7 @@ def fitting(size:tuple[int, int], # (W, H)
            ) -> tuple[int, int]: # (W, H)
     "A picture's size shrunk so that its longer side is at most `longest`"
     scale = min(1, longest / max(size))
-    return tuple(max(1, round(s * scale)) for s in size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 # %% ../nbs/library/images.ipynb #2f8dcb7d
 IGNORE = 255 # the class of pixels that do not count
