@@ -564,7 +564,8 @@ def _class_colours(cases, names):
     legend = {names[c]: colour for c, colour in zip(every, colours, strict=True)}
     return legend, [colours[np.searchsorted(every, case.classes)] for case in cases]
 
-def _compared(cases, methods):
+# %% ../nbs/02_segmentation.ipynb #badf8946
+def _side_by_side(cases, methods):
     "Figure 2 without truth: segments in the colours of the first method's"
     fig, axes = panels(len(methods) + 1, len(cases), side=1.15)
     colours = palette(max(case.segments for case in cases))
@@ -582,12 +583,13 @@ def _compared(cases, methods):
     swatches(fig, numbered | {"none of them": UNMATCHED})
     return fig
 
+# %% ../nbs/02_segmentation.ipynb #97731f3f
 def figure2(cases:Sequence[Case], # images, a column each, all with masks or all without
             methods:dict, # name to method, a row each
             names:Sequence[str]=() # of the classes, where there are masks
            ): # matplotlib figure
     "Figure 2: images, true classes, segments coloured by the class they match, or by the first method's segments"
-    if not any(len(case.classes) for case in cases): return _compared(cases, methods)
+    if not any(len(case.classes) for case in cases): return _side_by_side(cases, methods)
     fig, axes = panels(len(methods) + 2, len(cases), side=1.15)
     legend, own = _class_colours(cases, names)
     for column, case, colours in zip(axes.T, cases, own, strict=True):
