@@ -564,6 +564,7 @@ def _class_colours(cases, names):
     legend = {names[c]: colour for c, colour in zip(every, colours, strict=True)}
     return legend, [colours[np.searchsorted(every, case.classes)] for case in cases]
 
+# %% ../nbs/02_segmentation.ipynb #badf8946
 def _side_by_side(cases, methods):
     "Figure 2 without truth: segments in the colours of the first method's"
     fig, axes = panels(len(methods) + 1, len(cases), side=1.15)
@@ -582,6 +583,7 @@ def _side_by_side(cases, methods):
     swatches(fig, numbered | {"none of them": UNMATCHED})
     return fig
 
+# %% ../nbs/02_segmentation.ipynb #97731f3f
 def figure2(cases:Sequence[Case], # images, a column each, all with masks or all without
             methods:dict, # name to method, a row each
             names:Sequence[str]=() # of the classes, where there are masks
