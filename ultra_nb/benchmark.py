@@ -213,6 +213,7 @@ SIZES = (112, 224, 448, 768, 1024) # pixels of a side
 _LLAMA = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=10, num_attention_heads=3, vocab_size=1000,
               max_position_embeddings=4096)
 
+# %% ../nbs/library/benchmark.ipynb #c046b8fc
 def _subject(size):
     "Model, blocks and inputs: photo_vit on a picture of so many pixels, or a Llama on a text of that many tokens"
     if isinstance(size, str):
@@ -247,6 +248,7 @@ def _in_all(times, name, tokens):
     one, three = times[f"{name}, 1"], times[f"{name}, 3"]
     return one + (tokens - 1) * (three - one) / 2
 
+# %% ../nbs/library/benchmark.ipynb #0969250a
 def _timed(size, turns):
     "Median seconds of every way at a size, which take turns"
     tokens, ways = _ways(size)
@@ -265,6 +267,7 @@ def _peak_at(size, name):
     ways[name]()
     return before and resident_memory("VmHWM") - before
 
+# %% ../nbs/library/benchmark.ipynb #08238e39
 def bench_sizes(sizes:Sequence[int]=SIZES, # pixels
                 text:int=4096, # tokens
                 turns:int=3 # timed; one above 1,000 tokens
@@ -292,6 +295,7 @@ def slopes(found:dict, # of `bench_sizes`
     a, b = [one for size, one in found.items() if size.isdigit() and size in map(str, SIZES)][-2:]
     return {n: math.log(b[n] / a[n]) / math.log(b["tokens"] / a["tokens"]) for n in names}
 
+# %% ../nbs/library/benchmark.ipynb #407bbb30
 def sizes_table(found:dict # of `bench_sizes`
                ) -> str: # lines of text
     "Seconds and peak memory of every stage, at the largest picture and for the text"
@@ -308,6 +312,7 @@ def sizes_table(found:dict # of `bench_sizes`
 CURVES = {"per token": "the paper's procedure", "exact": "exact", "diagonal": "diagonal", "LeGrad": "LeGrad-style",
           "class map": "class map", "forward": "plain forward pass"}
 
+# %% ../nbs/library/benchmark.ipynb #4ddf6800
 def sizes_figure(found:dict # of `bench_sizes`
                 ): # matplotlib figure
     "Seconds a picture against tokens, by procedure, both axes logarithmic; in brackets the slope at the right end"
@@ -395,11 +400,13 @@ def _bench_vit(name, device, batch):
 # %% ../nbs/library/benchmark.ipynb #343b92e1
 PRECISIONS = dict(highest=torch.float32, medium=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
+# %% ../nbs/library/benchmark.ipynb #a2573ed9
 def _correlation(maps, true):
     "Mean correlation of maps with true ones [.., n]"
     maps, true = (m.double() - m.double().mean(-1, keepdim=True) for m in (maps, true))
     return torch.cosine_similarity(maps, true, dim=-1).mean().item()
 
+# %% ../nbs/library/benchmark.ipynb #35525cb8
 def bench_precision(backbone:Backbone, # in float32
                     x:Tensor, # pictures [B, 3, H, W] in float32, on its device
                     tokens:Sequence[int]|None=None, # targets of exact; None = all
@@ -499,10 +506,12 @@ _FULL: dict = dict(n=8192, batch=16, tokens=1024, llama={},
 _QUICK: dict = dict(n=256, batch=2, tokens=96, vits={"test_vit": "test_vit"},
                     llama=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2))
 
+# %% ../nbs/library/benchmark.ipynb #3ecc66c2
 def _vit_precision(name, device):
     backbone = _random_vit(name, device)
     return bench_precision(backbone, torch.randn(1, 3, *backbone.size, device=device))
 
+# %% ../nbs/library/benchmark.ipynb #2fcca7bc
 def _stages(device, n, batch, tokens, llama, vits):
     "What is measured on a GPU: name to a function without arguments"
     return {"matrix products": partial(_rates, device, n),

@@ -21,12 +21,14 @@ from .segmentation import Segmentation, check_finite, cut, distances
 # %% ../nbs/07_beyond.ipynb #02290747
 WEIGHT = 2. # of latent tokens against maps; chosen on training photographs
 
+# %% ../nbs/07_beyond.ipynb #ae420d73
 def relative(rows:Tensor # one vector per token [n, m]
             ) -> np.ndarray: # [n (n - 1) / 2] in SciPy's order
     "Cosine distances of every two tokens, divided by their mean; of tokens all alike, zeros"
     pairs = squareform(distances(rows).numpy(), checks=False)
     return pairs / pairs.mean() if pairs.mean() > 1e-12 else 0 * pairs
 
+# %% ../nbs/07_beyond.ipynb #349f9457
 def joint_tree(maps:Tensor, # scaled, one per patch token [n, h*w]
                tokens:Tensor, # latent tokens of the same patches [n, D]
                weight:float=WEIGHT # of the tokens

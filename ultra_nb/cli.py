@@ -120,6 +120,7 @@ FIRST = """What every latent token of a transformer means. Three commands to try
 
 Without a PHOTO.jpg they take one that comes with a package. All commands: ultra-nb --help"""
 
+# %% ../nbs/library/cli.ipynb #ba848bdc
 def _run(argv):
     "Reads the arguments and runs the command"
     if not argv: return print(FIRST)
@@ -204,18 +205,22 @@ def _mode_option(parser, default, shown="%(default)s"):
     parser.add_argument("--mode", choices=("exact", "diagonal"), default=default,
                         help=f"exact maps, or all tokens' at once, approximately (default: {shown})")
 
+# %% ../nbs/library/cli.ipynb #a24d9837
 def _precision_option(parser):
     parser.add_argument("--precision", choices=("float32", "medium", "bfloat16", "float16"), default="float32",
                         help="type of the model's numbers; medium: float32 whose products pass through fewer bits, on "
                              "a GPU TF32 (default: %(default)s)")
 
+# %% ../nbs/library/cli.ipynb #8f7a01cb
 def _device_option(parser):
     parser.add_argument("--device", type=_as_device, default="cpu",
                         help="cpu, cuda, cuda:1, mps (default: %(default)s)")
 
+# %% ../nbs/library/cli.ipynb #e533c24e
 def _force_option(parser, what="files that exist"):
     parser.add_argument("--force", action="store_true", help=f"replace {what}")
 
+# %% ../nbs/library/cli.ipynb #506cb3d5
 def _seed_option(parser, what):
     parser.add_argument("--seed", type=int, action=_InRange, low=0, high=2**32 - 1, default=0, metavar="S",
                         help=f"{what} (default: %(default)s)")
@@ -246,6 +251,7 @@ def _dtype(args):
     precision = getattr(args, "precision", "float32")
     return getattr(torch, "float32" if precision == "medium" else precision)
 
+# %% ../nbs/library/cli.ipynb #036d70dd
 def _backbone(args):
     "The model named on the command line, on its device; vision only"
     from ultra_nb.models import load
@@ -334,6 +340,7 @@ def _explain_figure(args, backbone, image, tokens):
     fig = maps_figure(backbone, image, minmax(rows), tokens, backbone.layer(args.layer))
     print(save(fig, args.out, force=args.force))
 
+# %% ../nbs/library/cli.ipynb #750d5e38
 def _explain_page(args, backbone, image, tokens):
     "Writes a page with the maps of all tokens"
     from ultra_nb.pages import example_title, explain_page
@@ -386,6 +393,7 @@ def _segmented(image, backbone, args):
     tokens = middle_tokens(backbone, x, args.layer)
     return joint_segment(rows, tokens, backbone.grid, image.resize(size[::-1]), args.clusters)
 
+# %% ../nbs/library/cli.ipynb #a81c2c3e
 def _index_mask(image, backbone, args):
     "Segments as an index mask with a palette"
     import numpy as np
@@ -465,6 +473,7 @@ def _run_options(parser):
 SEVERAL = ("Several processes or GPUs: accelerate launch -m ultra_nb.cli COMMAND .., "
            "with --out on a disk that all of them see.")
 
+# %% ../nbs/library/cli.ipynb #583181f9
 def _measure_options(parser, scalars="sum", baselines="measure other explainers and random maps too"):
     "Options of every measurement on a data set"
     _run_options(parser)
@@ -961,6 +970,7 @@ def _bench_maps_options(maps):
                       help="copies of the picture in one batch (default: %(default)s)")
     maps.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
 
+# %% ../nbs/library/cli.ipynb #a8d07fe2
 def _bench_gpu_options(gpu):
     _device_option(gpu)
     gpu.set_defaults(parser=gpu, device="cuda")
@@ -968,6 +978,7 @@ def _bench_gpu_options(gpu):
     gpu.add_argument("--quick", action="store_true", help="small models, to see that all of it works, also on a CPU")
     gpu.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
 
+# %% ../nbs/library/cli.ipynb #0a581d29
 def _bench_evaluate_options(one):
     one.set_defaults(parser=one)
     _dataset_options(one)
@@ -977,11 +988,13 @@ def _bench_evaluate_options(one):
     one.add_argument("--batch", type=int, action=_InRange, metavar="B", help="as in ultra-nb evaluate")
     one.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
 
+# %% ../nbs/library/cli.ipynb #1fb764d9
 def _bench_record_options(one):
     one.set_defaults(parser=one, device="cpu")
     _force_option(one)
     one.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
 
+# %% ../nbs/library/cli.ipynb #0e46e1d0
 def _bench_options(parser):
     "Commands below the command: `ultra-nb bench maps`, `evaluate`, `precision`, `sizes`, `gpu`"
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -1018,6 +1031,7 @@ def _bench_maps(args):
     settings |= dict(layer=args.layer, scalar=args.scalar, repeats=args.repeats, batch=args.batch)
     return bench_table(found), dict(metrics=found, n=args.batch, settings=settings, weights_hash=backbone.weights_hash)
 
+# %% ../nbs/library/cli.ipynb #099b9b56
 def _bench_evaluate(args):
     "What was measured, as text and as `write_record` takes it"
     from ultra_nb.benchmark import bench_evaluate
@@ -1044,12 +1058,14 @@ def _bench_precision(args):
         found[name] = bench_precision(backbone, backbone.inputs(picture), targets, turns=1)
     return precision_table(found), dict(metrics=found, n=1, settings=dict(exact_targets=len(targets)))
 
+# %% ../nbs/library/cli.ipynb #3f484787
 def _bench_sizes(args):
     "What was measured, as text and as `write_record` takes it"
     from ultra_nb.benchmark import bench_sizes, sizes_table
     found = bench_sizes()
     return sizes_table(found), dict(metrics=found, n=1, settings={})
 
+# %% ../nbs/library/cli.ipynb #7e9bdf10
 def _bench_gpu(args):
     "What was measured, as text and as `write_record` takes it"
     import torch

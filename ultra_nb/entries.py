@@ -260,6 +260,7 @@ def entry_names() -> list[str]: # tables first
     "Every table and figure of the paper"
     return sorted(ENTRIES, key=lambda name: (name.startswith("fig"), int(name.strip("tablefig"))))
 
+# %% ../nbs/library/00_entries.ipynb #f7b15b4f
 def figure_of(name:str, # of an entry with one figure
               s:Sources, # what it is made of
               path:str|Path # the file
@@ -407,6 +408,7 @@ def _fig1(s):
 # %% ../nbs/01_explanation_maps.ipynb #843ee4da
 def _share(mask): return f"{100 * mask.mean():.0f} % of the picture"
 
+# %% ../nbs/01_explanation_maps.ipynb #2141c6b8
 def figure3(backbone:Backbone, # a vision backbone
             image:Image.Image, # the picture
             tokens:Sequence[int], # targets
@@ -540,12 +542,14 @@ def comparisons(backbone:Backbone, # a vision backbone
 # %% ../nbs/02_segmentation.ipynb #e6db25b8
 UNMATCHED = (40, 40, 40) # the colour of a segment without a partner
 
+# %% ../nbs/02_segmentation.ipynb #770db120
 def _painted(labels, colours):
     "Colours of positions [H, W, 3]; one above the last is unmatched, 255 ignored"
     table = np.full((256, 3), 255, np.uint8)
     table[:len(colours)], table[len(colours)] = colours, UNMATCHED
     return table[labels]
 
+# %% ../nbs/02_segmentation.ipynb #a320b00c
 def _matched(labels, truth, classes):
     "The class that each pixel's segment matches [H, W], and the counts of right and wrong"
     given = match(tally(labels, truth, labels.max() + 1, classes))[labels]
@@ -555,6 +559,7 @@ def _matched(labels, truth, classes):
 def _named(ax, text): ax.set_ylabel(text, fontsize=8, color=INK)
 def _below(ax, text): ax.set_xlabel(text, fontsize=7, color=INK, labelpad=2)
 
+# %% ../nbs/02_segmentation.ipynb #16945fd0
 def _class_colours(cases, names):
     "A colour for every class that some image has: name to RGB, and of each image the colours of its classes"
     every = np.unique(np.concatenate([case.classes for case in cases]))
@@ -608,12 +613,14 @@ def _without_mask(name, image):
     "A picture of which nobody has said what is where"
     return Sample(name, image, np.full(image.size[::-1], IGNORE, np.uint8))
 
+# %% ../nbs/02_segmentation.ipynb #518d158d
 def _photographs(backbone, size=224, k=5):
     "The photographs of installed packages, in k segments"
     names = [name for name, about in PHOTOGRAPHS.items() if find_spec(about.package)]
     square = lambda name: ImageOps.fit(photograph(name), (size, size))
     return [Case(backbone, _without_mask(name, square(name)), k=k) for name in names]
 
+# %% ../nbs/02_segmentation.ipynb #023c8df4
 @entry("fig2", "Unsupervised segmentation", "a vision model, a data set", 8)
 def _fig2(s):
     methods = ULTRA | {"latent tokens": BASELINES["latent tokens"]}
@@ -878,15 +885,18 @@ def charted(s:Sources, # what is there
 BY_LAYERS = [*ULTRA, "one cluster", "latent tokens"]
 BY_LAYER = "U.ACC and U.mIoU against the layer, for ULTra_S, ULTra_E, one cluster and latent tokens"
 
+# %% ../nbs/02_segmentation.ipynb #f1e3ebfd
 def _by_layer(s, model, layers=None):
     methods = {name: (ULTRA | BASELINES)[name] for name in BY_LAYERS}
     at = lambda backbone, data, layer, out, n: evaluate(backbone, data, methods=methods, layer=layer, out=out, limit=n)
     return curve(s, "layer", model, layers or range(2, s.model(model).depth + 2), at, s.profile.layers)
 
+# %% ../nbs/02_segmentation.ipynb #76a2c575
 @entry("fig6", "Segmentation against layer", "a vision model, a data set", 90)
 def _fig6(s):
     return charted(s, "figure6", {s.depth.name: _by_layer(s, s.depth.name)}, BY_LAYERS, BY_LAYER)
 
+# %% ../nbs/02_segmentation.ipynb #26f87545
 @entry("fig7", "Segmentation against layer, several models", "vision models, a data set", 250)
 def _fig7(s):
     return charted(s, "figure7", {model: _by_layer(s, model) for model in s.curves()}, BY_LAYERS, BY_LAYER)
@@ -904,11 +914,13 @@ def hardest(result:Result, # of `evaluate` with an image protocol
 # %% ../nbs/02_segmentation.ipynb #51730e14
 LABELLED = ["ball", "box", "tent", "ring"] # the kinds of thing that the poor labels know
 
+# %% ../nbs/02_segmentation.ipynb #6c23da4f
 def _poorly(sample, classes):
     "A scene with poor labels: a few kinds of thing, and one more class for all else"
     known = np.isin(sample.mask, [classes.index(name) for name in LABELLED])
     return sample._replace(mask=np.where(known, sample.mask, len(classes)).astype(np.uint8))
 
+# %% ../nbs/02_segmentation.ipynb #72489ba4
 def figure8(cases:Sequence[Case], # images with full labels, a column each
             poor:Sequence[Case], # the same with poor ones
             names:Sequence[str] # of the classes of both
@@ -942,6 +954,7 @@ def faulted(s:Sources, # what is there
         rows.append((i, *(_matched(found, c.truth, len(c.classes))[1].accuracy for c in (poor, full))))
     return sorted(rows, key=lambda row: row[1] - row[2])
 
+# %% ../nbs/02_segmentation.ipynb #a0197226
 def _poorly_labelled(s):
     "Figure 8 on scenes"
     rows = faulted(s)[:7]
@@ -952,6 +965,7 @@ def _poorly_labelled(s):
     shown = f"{s.segmenter.name}, layer {s.profile.layer}, {len(rows)} of {s.number(24)} scenes, poor labels made here"
     return Made({"figure8": (figure8(full, poor, [*s.pictures.classes, "background"]), alt)}, shown=shown)
 
+# %% ../nbs/02_segmentation.ipynb #11360b5f
 @entry("fig8", "Hard samples", "a vision model, a data set", 6)
 def _fig8(s):
     if s.pictures.name == "scenes": return _poorly_labelled(s)
@@ -972,12 +986,14 @@ def _clusters_of_nodes(tree, clusters):
     for a, b in tree[:, :2].astype(int): held.append(held[a] if held[a] == held[b] else -1)
     return held
 
+# %% ../nbs/02_segmentation.ipynb #f5d068e5
 def _places_of_nodes(tree, leaves):
     "Where `dendrogram` draws each node (x, y)"
     places = {leaf: (10 * i + 5, 0) for i, leaf in enumerate(leaves)}
     for i, (a, b, y, _) in enumerate(tree, len(leaves)): places[i] = (places[a][0] + places[b][0]) / 2, y
     return places
 
+# %% ../nbs/02_segmentation.ipynb #b2321e02
 def _draw_tree(ax, tree, thresholds, colour_of, label):
     "A clustering tree, cut at thresholds; gives its leaves from left to right"
     leaves = dendrogram(tree, no_labels=True, ax=ax, link_color_func=colour_of)["leaves"]
@@ -1002,6 +1018,7 @@ def _thumbnails(fig, ax, row, nodes, draw, end):
         style = dict(color=colour, linewidth=.8)
         fig.add_artist(ConnectionPatch((.5, end), place, "axes fraction", "data", axesA=small, axesB=ax, **style))
 
+# %% ../nbs/02_segmentation.ipynb #a444e1eb
 def _draw_nodes(fig, rows, case, maps, top, thresholds):
     "The tree, the maps of its largest clusters above it, and below it those of some of its leaves"
     colours, held = palette(top.k), _clusters_of_nodes(top.tree, top.clusters)
@@ -1025,6 +1042,7 @@ def _shades(coarse, fine, colours):
     pale = .7 * np.array([parents[:i].count(p) / parents.count(p) for i, p in enumerate(parents)])[:, None]
     return (colours[parents] * (1 - pale) + 255 * pale).astype(np.uint8)
 
+# %% ../nbs/02_segmentation.ipynb #5f6bd264
 def _titled(fig, cell, picture, title, below):
     "A picture with a title and a line below it"
     ax = fig.add_subplot(cell)
@@ -1034,6 +1052,7 @@ def _titled(fig, cell, picture, title, below):
     ax.set_title(title, fontsize=8, color=INK)
     _below(ax, below)
 
+# %% ../nbs/02_segmentation.ipynb #d3c5be44
 def figure13(case:Case, # one image
              thresholds:Sequence[float]=(.2, .35, .5), # the paper's, rising
              scalar="sum" # as in `explain`
@@ -1066,6 +1085,7 @@ def _fig12(s):
     what = "U.ACC and U.mIoU against the threshold, for ULTra_S and ULTra_E"
     return charted(s, "figure12", results, ULTRA, what, label=r"threshold $\zeta$")
 
+# %% ../nbs/02_segmentation.ipynb #1117ddd1
 @entry("fig13", "The clustering tree of maps, cut at three thresholds", "a vision model, a picture", 3)
 def _fig13(s):
     alt = ("A tree that joins the maps of all tokens of a picture, with dashed lines at the thresholds "
@@ -1096,6 +1116,7 @@ def _perturbed_copies(backbone, x, maps, tokens, share):
     return {f"{kind}, {sign}": perturb(x, chosen[sign], backbone.grid, kind, seeded())
             for kind in PERTURBATIONS for sign in SIGNS}
 
+# %% ../nbs/04_interpretability_metrics.ipynb #ad73694f
 def figure9(backbone:Backbone, # a vision backbone
             image:Image.Image, # the picture
             tokens:Sequence[int], # patch tokens, a row each

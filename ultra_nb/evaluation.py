@@ -351,6 +351,7 @@ def _hits(tables):
     hits = np.diagonal(tables[:, :C], axis1=1, axis2=2)
     return hits, tables.sum(1) + tables[:, :C].sum(2) - hits
 
+# %% ../nbs/library/evaluation.ipynb #e93b0cbe
 def image_iou(tables:np.ndarray # [n, C + 1, C]
              ) -> np.ndarray: # in percent [n]
     "Mean IoU of the classes that each image has; NaN for an image without a pixel"

@@ -69,6 +69,7 @@ def heat_bar(fig:Figure,
     bar.ax.tick_params(labelsize=7, length=0)
     bar.set_label("relevance for the token", fontsize=7, color=INK, labelpad=-4)
 
+# %% ../nbs/library/figures.ipynb #2df14b16
 def swatches(fig:Figure,
              colours:dict # name to RGB, 0..255
             ):
@@ -151,6 +152,7 @@ def token_at(x:float, y:float, # pixel of the picture, from its top left corner
 CHANGING = { # notes that are left out
     ".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
+# %% ../nbs/library/figures.ipynb #09148895
 def _as_file(fig, kind) -> bytes:
     "A figure as a file of a kind of `CHANGING`"
     made = io.BytesIO()
@@ -158,6 +160,7 @@ def _as_file(fig, kind) -> bytes:
         fig.savefig(made, format=kind[1:], dpi=DPI, metadata=CHANGING[kind])
     return made.getvalue()
 
+# %% ../nbs/library/figures.ipynb #3261480c
 def save(fig:Figure,
          path:str|Path, # .png, .pdf or .svg
          force:bool=False # replace an older file
@@ -171,11 +174,13 @@ def save(fig:Figure,
 # %% ../nbs/library/figures.ipynb #a7f77752
 SEEN = 2 # of 255: root mean square, over pixels, of a difference that can be seen
 
+# %% ../nbs/library/figures.ipynb #7e7c1637
 def _looks_alike(a, b):
     "Whether two PNG files look the same"
     a, b = (np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), float) for file in (a, b))
     return a.shape == b.shape and ((a - b)**2).mean()**.5 <= SEEN
 
+# %% ../nbs/library/figures.ipynb #ee449dfe
 def redraw(fig:Figure,
            path:str|Path # a .png
           ) -> Path:

@@ -218,6 +218,7 @@ def chosen_patches(maps:Tensor, # one per token [T, n]
 # %% ../nbs/04_interpretability_metrics.ipynb #f41a9841
 PERTURBATIONS = ("mask", "noise")
 
+# %% ../nbs/04_interpretability_metrics.ipynb #d5cfebd9
 def perturb(x:Tensor, # an image as the model wants it [1, 3, H, W]
             patches:Tensor, # bool [T, h*w]
             grid:tuple[int, int], # (h, w)

@@ -99,6 +99,7 @@ def _jpeg(image):
     image.convert("RGB").save(made, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
 
+# %% ../nbs/library/pages.ipynb #4c059d9e
 def _drawn(fig, dpi=120):
     "A figure as a picture"
     made = io.BytesIO()
@@ -114,11 +115,13 @@ def _prefix_names(backbone):
     names = ["CLS", *(f"token {i}" for i in range(1, first))] if first > 0 else []
     return names + [f"register {i + 1}" for i in range(registers)]
 
+# %% ../nbs/library/pages.ipynb #60763db9
 def _hex_colours(rgb):
     "Colours as a canvas of a browser keeps them, in one number each"
     red, green, blue = np.asarray(rgb, dtype=np.int64).T
     return (255 << 24 | blue << 16 | green << 8 | red).tolist()
 
+# %% ../nbs/library/pages.ipynb #1e287e2e
 def _picture_data(backbone, image, title, maps):
     "All that the script needs to know"
     heat = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
@@ -136,6 +139,7 @@ def _model_facts(backbone):
     return {"Model": f"{backbone.name or type(backbone.model).__name__}, {backbone.depth} blocks",
             "Weights": f"sha256 {hashed[:16]}" if hashed else "not read from a file"}
 
+# %% ../nbs/library/pages.ipynb #8d5b8fb3
 def _picture_facts(backbone, title):
     "What is said below a picture"
     h, w = backbone.grid
@@ -151,10 +155,12 @@ def _picture_facts(backbone, title):
 # %% ../nbs/library/pages.ipynb #35950bba
 _TEMPLATES = Environment(loader=PackageLoader("ultra_nb", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
+# %% ../nbs/library/pages.ipynb #415fb276
 def _template(name):
     "A macro of `explorer.html`"
     return getattr(_TEMPLATES.get_template("explorer.html").module, name)
 
+# %% ../nbs/library/pages.ipynb #deb78cb5
 def picture_part(backbone:Backbone, # of a vision transformer
                  image:Image.Image, # any size
                  title:str="a picture", # says what it shows, and whose it is
@@ -196,6 +202,7 @@ def _word_shares(shown, choices, mode):
     tops = scores.amax(-1)
     return scores / tops.clamp_min(torch.finfo(tops.dtype).tiny)[:, None], tops
 
+# %% ../nbs/library/pages.ipynb #0e6e6554
 def _words_facts(backbone, scalars, mode):
     "What is said below a summary"
     how = dict(exact="exact", diagonal="diagonal, which leaves out what passes through the positions of other tokens")

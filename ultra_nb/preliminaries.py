@@ -389,6 +389,7 @@ class _Kept(local):
 
 _kept = _Kept()
 
+# %% ../nbs/00_preliminaries.ipynb #8b044b69
 @contextmanager
 def shared_passes():
     "Inside, this thread makes each pass of `tape` and `attentions` once for the same model and the same inputs object"
@@ -396,6 +397,7 @@ def shared_passes():
     try: yield
     finally: _kept.passes = before
 
+# %% ../nbs/00_preliminaries.ipynb #070bc472
 def sharing() -> bool:
     "Whether the graph of a pass is to be kept, since someone else may ask for it"
     return _kept.passes is not None
@@ -533,6 +535,7 @@ def own_attention(attention:list, # what a tap recorded
 # %% ../nbs/00_preliminaries.ipynb #295770b2
 class _Reached(Exception): "The last block that is wanted has run"
 
+# %% ../nbs/00_preliminaries.ipynb #dc4811e0
 def _attentions(model, blocks, inputs, diagonal, whole):
     "As `attentions`, made anew"
     calls, found, out, dice = [0], [], None, _dice()

@@ -288,6 +288,7 @@ def _lines(metrics):
     width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
     return ["  ".join([method.ljust(width), *map(str.rjust, told_of, widths)]) for method, *told_of in table]
 
+# %% ../nbs/library/records.ipynb #be888634
 @dataclass
 class Result:
     "What a measurement over a data set found"
@@ -338,6 +339,7 @@ def _read(i, dataset, known):
     if known[i]["sha256"] == content: return known[i], None
     raise ValueError(f"{sample.name} is not the picture and mask that were measured under this name; name a new folder")
 
+# %% ../nbs/library/records.ipynb #9e41e6ff
 def _rows(group, dataset, work, known):
     "The rows of a group of images: those known are what they were"
     read = [_read(i, dataset, known) for i in group]

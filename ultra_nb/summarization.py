@@ -142,6 +142,7 @@ def _norm_and_head(backbone):
         raise ValueError(f"{type(model).__name__} has no last norm and head that could be found: use scalar='sum'")
     return norm, head
 
+# %% ../nbs/05_summarization.ipynb #021153d5
 @torch.no_grad()
 def _check_head(backbone, inputs, norm, head):
     "ValueError for a model whose logits are something else than its head on its norm"
@@ -157,6 +158,7 @@ def _said(reference, inputs):
     try: return forward(model, inputs).logits.softmax(-1)
     except IndexError: raise ValueError("the reference has another vocabulary than the model") from None
 
+# %% ../nbs/05_summarization.ipynb #f22b6cfd
 def next_token(model:nn.Module|Backbone, # a causal language model of transformers
                inputs:dict, # input_ids [B, N] and what else the model reads
                reference:nn.Module|Backbone|None=None # of the same vocabulary, as before DPO; None: f = log p
