@@ -118,7 +118,7 @@ def loaded():
 def quiet(models):
     "In a child: models are there, the clock stands still, nobody asks git; eight images make two steps of fit-w"
     import ultra_nb.entries, ultra_nb.models, ultra_nb.records, ultra_nb.reproduction, ultra_nb.self_consistency
-    ultra_nb.models.load = ultra_nb.entries.load = lambda name, **_: models[name]
+    ultra_nb.models.load = ultra_nb.entries.load = lambda name, *_, **__: models[name]
     still = SimpleNamespace(monotonic=lambda: 0., perf_counter=time.perf_counter)
     ultra_nb.records.time = ultra_nb.reproduction.time = still
     ultra_nb.records.commit = lambda: None
