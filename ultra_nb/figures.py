@@ -61,7 +61,7 @@ def show(ax:Axes, # where to draw
 
 # %% ../nbs/library/figures.ipynb #ce0059bc
 def heat_bar(fig:Figure,
-             axes:np.ndarray # the panels with maps
+             axes:np.ndarray # the panels with maps, as of `panels`
             ):
     "A bar of the colours of the maps that `show` draws"
     bar = fig.colorbar(ScalarMappable(Normalize(0, 1), "inferno"), ax=axes, fraction=.015, pad=.01, ticks=[0, 1])
