@@ -144,9 +144,10 @@ BASE = { # quick commands that work, to be spoiled
     "summarize": SUMMARIZE,
     "train": "train settings.json --out out",
     "reproduce": "reproduce fig3",
+    "bench evaluate": "bench evaluate folder --root own --limit 1",
     "bench maps": "bench maps --repeats 1 --layer 2 --image-size 64",
 }
-SLOW = {"bench gpu"} # a minute, even with small models; test_cli tries its arguments
+SLOW = {"bench gpu", "bench precision", "bench sizes"} # minutes, even with small models; test_cli tries their arguments
 NUMBERS = """0 1 2 3 5 -1 -0 +2 007 17 255 256 999 1e3 1e308 1e-320 nan -nan NaN inf -inf .5 5. 1.5 -0.1 1_0 0x10
     ٣ ² ½ 1,2 1e5,-3 nan,nan 32x64 0x0 -8 8x 1000000 9223372036854775808""".split() + ["9" * 5000, " 2 ", "2\n", "1 2"]
 WORDS = """- -- -x --out --help = a=b =x x= voc=own . ./ own jpeg text vit model W.safetensors settings.json pairs.jsonl

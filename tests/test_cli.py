@@ -181,6 +181,9 @@ WRONG = { # what is missing or wrong: the command's own usage, then one line
     "bench maps --repeats": "expected one argument",
     "bench gpu --device cpu --quick yes": "unrecognized arguments: yes",
     "bench maps a.jpg b.jpg": "unrecognized arguments: b.jpg",
+    "bench evaluate": "required: DATASET",
+    "bench precision photo_vit": "unrecognized arguments: photo_vit",
+    "bench sizes 4097": "unrecognized arguments: 4097",
 }
 
 @pytest.mark.parametrize("words", WRONG)
