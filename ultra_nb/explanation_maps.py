@@ -399,7 +399,7 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
     else:
         rows = _diagonal(model, inputs, blocks, layer, scalar)
         rows = rows[:, target_tokens(tokens, rows.shape[1])]
-    _check_finite(rows, "maps", next(model.parameters()).dtype)
+    _check_finite(rows, "maps", next((p.dtype for p in model.parameters()), rows.dtype))
     return rows
 
 # %% ../nbs/01_explanation_maps.ipynb #50d12f45
