@@ -213,6 +213,14 @@ SIZES = (112, 224, 448, 768, 1024) # pixels of a side
 _LLAMA = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=10, num_attention_heads=3, vocab_size=1000,
               max_position_embeddings=4096)
 
+# %% ../nbs/library/benchmark.ipynb #ac36ef58
+def _random_llama(sizes, device):
+    "A Llama with random weights in bfloat16; Llama-2-7B without other sizes"
+    from transformers import LlamaConfig, LlamaForCausalLM
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval().requires_grad_(False)
+
 # %% ../nbs/library/benchmark.ipynb #c046b8fc
 def _subject(size):
     "Model, blocks and inputs: photo_vit on a picture of so many pixels, or a Llama on a text of that many tokens"
@@ -441,13 +449,6 @@ def precision_table(found:dict # model to `bench_precision`
     return "\n".join(lines)
 
 # %% ../nbs/library/benchmark.ipynb #2e8a0140
-def _random_llama(sizes, device):
-    "A Llama with random weights in bfloat16; Llama-2-7B without other sizes"
-    from transformers import LlamaConfig, LlamaForCausalLM
-    with torch.random.fork_rng(), device:
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval().requires_grad_(False)
-
 def _long_post(tokenizer, longest):
     "A post whose context are several, one after the other, up to so many tokens"
     text = " ".join(p.context for p in Posts("train", 100))
