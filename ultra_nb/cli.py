@@ -124,6 +124,7 @@ Without a PHOTO.jpg they take one that comes with a package. All commands: ultra
 def _run(argv):
     "Reads the arguments and runs the command"
     if not argv: return print(FIRST)
+    warnings.filterwarnings("ignore", module=r"PIL\.") # a picture that cannot be read is said in one line
     top = parser()
     for before, text in zip(["ultra-nb", *argv], argv, strict=False):
         if re.fullmatch(r"\s*|--[\w-]+=\s*", text): top.error(f"the argument {text!r} after {before} is empty")
@@ -137,7 +138,6 @@ def main(argv:list[str]|None=None # arguments; None = the command line's
         ) -> int: # exit code
     "Entry point of `ultra-nb`. Raises SystemExit for `--help` and for wrong arguments, as argparse does"
     with _safe_streams(), _interrupts() as came, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.") # a picture that cannot be read is said in one line
         try: _run(sys.argv[1:] if argv is None else argv)
         except BrokenPipeError: # the reader, such as head, has gone; nothing more may be written, not even at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -798,6 +798,7 @@ def summarize_command(args:Namespace # of `_summarize_options`
     if (tokenizer := backbone.tokenizer) is None:
         raise ValueError(f"{args.model} has no tokenizer beside its weights: save it into the same folder")
     print(backbone, file=sys.stderr)
+    if args.reference and args.scalar != "next": raise ValueError("--reference belongs to --scalar next")
     reference = load(args.reference, device=args.device) if args.reference else None
     summary = args.summary or summarize(backbone.model, tokenizer, context, truncate=args.truncate)
     shown = SummaryExplorer(backbone, context, summary, reference, args.truncate)

@@ -271,9 +271,11 @@ def _words_with_tokens(tokenizer, joined):
     "Each word of a summary with the tokens that lie in it"
     before, summary = f"{joined.context}{SEPARATOR} ", joined.summary.strip()
     places = tokenizer(before + summary, return_offsets_mapping=True)["offset_mapping"]
+    dropped = len(places) - len(joined.input_ids) # tokens of the context's end
     def inside(word):
         start, end = len(before) + word.start, len(before) + word.end
-        return [t for t in range(*joined.summary_span) if places[t][0] < end and places[t][1] > start]
+        lies = lambda at: at[0] < end and at[1] > start
+        return [t for t in range(*joined.summary_span) if lies(places[t + dropped])]
     return [(word.text, inside(word)) for word in words_of(summary)]
 
 # %% ../nbs/library/explorer.ipynb #b7857a58
