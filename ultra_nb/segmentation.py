@@ -68,14 +68,9 @@ def cluster_tree(rows:Tensor, # one vector per token: its scaled map [n, n], or 
 # %% ../nbs/02_segmentation.ipynb #765d252f
 def _left(tree, k):
     "The k clusters that are left where the last k - 1 merges are undone, numbered by their first tokens [n]"
-    n, children, nodes = len(tree) + 1, tree[:, :2].astype(int), [2 * len(tree)]
-    for node in nodes: nodes += [] if node < n else children[node - n, ::-1].tolist() # from the top down
-    merges = [node for node in nodes if node >= n]
-    done = set(sorted(reversed(merges), key=lambda node: tree[node - n, 2])[:n - k])
-    top = np.arange(2 * n)
-    for node in merges:
-        if node in done: top[children[node - n]] = top[node]
-    _, first, found = np.unique(top[:n], return_index=True, return_inverse=True)
+    found = hierarchy.fcluster(tree, k, "maxclust")
+    if found.max() < k: return hierarchy.cut_tree(tree, k)[:, 0] # at equal distances fcluster undoes all merges or none
+    _, first, found = np.unique(found, return_index=True, return_inverse=True)
     return first.argsort().argsort()[found]
 
 # %% ../nbs/02_segmentation.ipynb #09d53f77
