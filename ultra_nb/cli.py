@@ -32,6 +32,13 @@ class _Parser(argparse.ArgumentParser):
     "One whose errors are one line of bearable length"
     def error(self, message): super().error(_one_line(message))
 
+def _add_command(commands, name, options, **texts):
+    "A parser below another, with its options"
+    one = commands.add_parser(name, **texts)
+    one.set_defaults(parser=one)
+    options(one)
+    return one
+
 def parser() -> argparse.ArgumentParser:
     "The command line of `ultra-nb`: a parser with one below it for every command"
     top = _Parser(prog="ultra-nb", description="See what every latent token of a transformer means.",
@@ -39,9 +46,7 @@ def parser() -> argparse.ArgumentParser:
                          "2 wrong arguments, 130 interrupted.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, options, texts) in COMMANDS.items():
-        one = commands.add_parser(name, **texts)
-        one.set_defaults(run=run, parser=one)
-        options(one)
+        _add_command(commands, name, options, **texts).set_defaults(run=run)
     return top
 
 # %% ../nbs/library/cli.ipynb #4cd46fcf
@@ -346,7 +351,8 @@ def _explain_page(args, backbone, image, tokens):
     from ultra_nb.pages import example_title, explain_page
     from ultra_nb.records import write_bytes
     title = Path(args.image).name.encode("utf-8", "replace").decode() if args.image else example_title()
-    page = explain_page(backbone, image, title, tokens[0] if tokens else None, args.layer, args.scalar)
+    first = dict(token=tokens[0] if tokens else None, layer=args.layer, scalar=args.scalar)
+    page = explain_page(backbone, image, title, **first)
     print(write_bytes(args.html, page.encode()))
 
 # %% ../nbs/library/cli.ipynb #3f34ded4
@@ -960,8 +966,10 @@ def doctor_command(args:Namespace # without options
         for good, name, what in lines: print(f"{'ok' if good else '--':3} {name:17} {what}")
 
 # %% ../nbs/library/cli.ipynb #be5ab9bb
+def _record_option(parser):
+    parser.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+
 def _bench_maps_options(maps):
-    maps.set_defaults(parser=maps)
     _image_options(maps, "scenes_clip")
     _device_option(maps)
     _force_option(maps)
@@ -969,57 +977,56 @@ def _bench_maps_options(maps):
                       help="timed rounds; the median counts (default: %(default)s)")
     maps.add_argument("--batch", type=int, action=_InRange, default=1, metavar="B",
                       help="copies of the picture in one batch (default: %(default)s)")
-    maps.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+    _record_option(maps)
 
 # %% ../nbs/library/cli.ipynb #a8d07fe2
 def _bench_gpu_options(gpu):
     _device_option(gpu)
-    gpu.set_defaults(parser=gpu, device="cuda")
+    gpu.set_defaults(device="cuda")
     _force_option(gpu)
     gpu.add_argument("--quick", action="store_true", help="small models, to see that all of it works, also on a CPU")
-    gpu.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+    _record_option(gpu)
 
 # %% ../nbs/library/cli.ipynb #0a581d29
 def _bench_evaluate_options(one):
-    one.set_defaults(parser=one)
     _dataset_options(one)
     _force_option(one)
     one.add_argument("--limit", type=int, action=_InRange, default=20, metavar="N",
                      help="the first N images (default: %(default)s)")
     one.add_argument("--batch", type=int, action=_InRange, metavar="B", help="as in ultra-nb evaluate")
-    one.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+    _record_option(one)
 
 # %% ../nbs/library/cli.ipynb #1fb764d9
 def _bench_record_options(one):
-    one.set_defaults(parser=one, device="cpu")
+    one.set_defaults(device="cpu")
     _force_option(one)
-    one.add_argument("--out", metavar="RECORD.json", help="JSON record to write")
+    _record_option(one)
 
 # %% ../nbs/library/cli.ipynb #0e46e1d0
 def _bench_options(parser):
     "Commands below the command: `ultra-nb bench maps`, `evaluate`, `precision`, `sizes`, `gpu`"
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    _bench_maps_options(kinds.add_parser(
-        "maps", help="explanation maps: the paper's procedure, exact and diagonal",
+    _add_command(
+        kinds, "maps", _bench_maps_options, help="explanation maps: the paper's procedure, exact and diagonal",
         description="All tokens of a picture by the paper's procedure, by exact and by diagonal mode, in one run: "
-                    "seconds per image, ratios, peak memory, share of the machine's matrix-product rate."))
-    _bench_evaluate_options(kinds.add_parser(
-        "evaluate", help="an evaluation: pictures a second",
+                    "seconds per image, ratios, peak memory, share of the machine's matrix-product rate.")
+    _add_command(
+        kinds, "evaluate", _bench_evaluate_options, help="an evaluation: pictures a second",
         description="An evaluation with all methods: pictures a second, and the share of its time that goes into "
-                    "reading pictures, the model, and clustering."))
-    _bench_record_options(kinds.add_parser(
-        "precision", help="maps in fewer bits: what they save and cost",
+                    "reading pictures, the model, and clustering.")
+    _add_command(
+        kinds, "precision", _bench_record_options, help="maps in fewer bits: what they save and cost",
         description="Maps of photo_vit and scenes_clip (exact ones of 16 tokens) in float32, float32 with products of "
-                    "fewer bits, bfloat16 and float16, beside float64: seconds, error, correlation."))
-    _bench_record_options(kinds.add_parser(
-        "sizes", help="from 50 tokens to 4,097, and a text of 4,096",
+                    "fewer bits, bfloat16 and float16, beside float64: seconds, error, correlation.")
+    _add_command(
+        kinds, "sizes", _bench_record_options, help="from 50 tokens to 4,097, and a text of 4,096",
         description="Seconds and peak memory of the paper's procedure, exact and diagonal maps, LeGrad-style and class "
-                    "maps, and of segmentation, by the number of tokens, on this CPU."))
-    _bench_gpu_options(kinds.add_parser(
-        "gpu", help="all that there is to measure on a GPU, in one record",
+                    "maps, and of segmentation, by the number of tokens, on this CPU.")
+    _add_command(
+        kinds, "gpu", _bench_gpu_options, help="all that there is to measure on a GPU, in one record",
         description="Matrix products, maps of ViT-B/16 and ViT-L/14, their precision, contribution scores and DPO of "
                     "Llama-2-7B, all with random weights: seconds and memory. A stage that fails leaves its error, "
-                    "and the others go on."))
+                    "and the others go on.")
 
 # %% ../nbs/library/cli.ipynb #910abf05
 def _bench_maps(args):

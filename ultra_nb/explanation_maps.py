@@ -134,10 +134,14 @@ def _exact_rows(notes, g, tokens, order):
     return row_product(r, Gs, order)
 
 # %% ../nbs/01_explanation_maps.ipynb #f5874757
+def _own_step(r, G):
+    "Rows of targets that each follow their own position, after one block more [.., N, N]"
+    return r + r.diagonal(dim1=-2, dim2=-1)[..., None] * G
+
 def _superposed(z, Gs):
     "Relevance rows [B, N, N] of all targets, whose cotangents are one field, from G of each block, the last one first"
     r = torch.eye(z.shape[1], dtype=_wide(z), device=z.device).expand(len(z), -1, -1)
-    for G in Gs: r = r + r.diagonal(dim1=-2, dim2=-1)[..., None] * G
+    for G in Gs: r = _own_step(r, G)
     return r
 
 # %% ../nbs/01_explanation_maps.ipynb #a855cfa5
@@ -379,6 +383,10 @@ def _check_options(mode, order, chunk):
     if mode == "diagonal" and order == "paper": raise ValueError("order='paper' needs mode='exact'")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}: it must be at least 1")
 
+def _check_maps(rows, model):
+    "ValueError for maps that are not finite"
+    _check_finite(rows, "maps", next((p.dtype for p in model.parameters()), rows.dtype))
+
 # %% ../nbs/01_explanation_maps.ipynb #cd83b9bb
 @gradients()
 def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or transformers as it is, or a `Backbone`
@@ -399,7 +407,7 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
     else:
         rows = _diagonal(model, inputs, blocks, layer, scalar)
         rows = rows[:, target_tokens(tokens, rows.shape[1])]
-    _check_finite(rows, "maps", next((p.dtype for p in model.parameters()), rows.dtype))
+    _check_maps(rows, model)
     return rows
 
 # %% ../nbs/01_explanation_maps.ipynb #50d12f45
@@ -418,7 +426,8 @@ def explain_layers(model:nn.Module|Backbone, # as in `explain`
     for taped in reversed(notes):
         rows, cot = torch.cat([rows, e]), torch.cat([cot, cotangents(scalar, z)[None]])
         G, cot = _step(taped, cot, taped is notes[0], diagonal=True, batched=True)
-        rows, z = rows + rows.diagonal(dim1=-2, dim2=-1)[..., None] * G, taped.z
+        rows, z = _own_step(rows, G), taped.z
+    _check_maps(rows, model)
     return rows.flip(0)
 
 # %% ../nbs/01_explanation_maps.ipynb #3a144997

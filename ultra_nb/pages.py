@@ -21,7 +21,7 @@ from .explorer import PictureExplorer, SummaryExplorer
 from .figures import palette, panels, show, token_box
 from .images import EXAMPLE, PHOTOGRAPHS, fitting, photograph
 from .models import Backbone, load
-from .segmentation import check_finite, cluster_tree
+from .segmentation import cluster_tree
 from .summarization import coloured_words, word_scores
 
 # %% ../nbs/library/pages.ipynb #1536ebde
@@ -43,7 +43,6 @@ def every_map(backbone:Backbone, # of a vision transformer
     x, found = backbone.inputs(image), []
     for scalar in PAGE_SCALARS:
         rows = explain_layers(backbone, x, scalar=scalar)[:, 0].cpu() # [L, N, N]
-        check_finite(rows)
         found.append(minmax(suppress_self(rows, None, backbone.prefix)))
     return torch.stack(found)
 
@@ -184,13 +183,11 @@ def picture_part(backbone:Backbone, # of a vision transformer
 def explain_page(backbone:Backbone, # of a vision transformer
                  image:Image.Image, # any size
                  title:str="a picture", # says what it shows, and whose it is
-                 token:int|None=None, # chosen at first; None = the patch in the middle
-                 layer:int|None=None, # shown at first, as in `explain`
-                 scalar:str="sum" # shown at first, "sum" | "energy"
+                 **first # token, layer and scalar that are shown at first, of `picture_part`
                 ) -> str: # HTML
     """A page that needs nothing else, with the diagonal maps of every token of every layer. Raises ValueError as
     `explain` does, for another scalar, and for more maps than a page can hold"""
-    part = picture_part(backbone, image, title, token, layer, scalar)
+    part = picture_part(backbone, image, title, **first)
     return _TEMPLATES.get_template("page.html").render(title=f"Latent tokens of {title}", part=part)
 
 # %% ../nbs/library/pages.ipynb #792d3823
