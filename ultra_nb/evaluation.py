@@ -173,7 +173,7 @@ class Case(_Asked):
         found = self.among("latents", lambda x: latents(self.backbone, x, layer=self.layer))
         return found[self.backbone.prefix:]
 
-    def maps(self, scalar="sum" # as in `explain`
+    def maps(self, scalar # as in `explain`
             ) -> Tensor: # self entry replaced, prefix dropped [n, n]
         "Explanation maps of the patch tokens"
         options = dict(layer=self.layer, scalar=scalar, mode=self.mode, order=self.order)
