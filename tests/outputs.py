@@ -33,11 +33,11 @@ MEASURED = re.compile(PLAIN + r"\s?((?:ms|s|seconds?|minutes?|hours?|[KMG]i?B)\b
 
 def shown(cell):
     "The lines that a cell's outputs say; pictures, widgets and objects without text say none"
-    lines = []
+    printed = [out for out in cell.get("outputs", []) if out.output_type == "stream" and out.name == "stdout"]
+    lines = "".join(out.text for out in printed).splitlines() # a kernel may part them anywhere
     for out in cell.get("outputs", []):
         data = out.get("data", {})
-        if out.output_type == "stream" and out.name == "stdout": lines += out.text.splitlines()
-        elif "text/html" in data: lines += html.unescape(re.sub(r"<[^>]*>", "", data["text/html"])).splitlines()
+        if "text/html" in data: lines += html.unescape(re.sub(r"<[^>]*>", "", data["text/html"])).splitlines()
         elif not any(kind.startswith("image/") or "widget" in kind for kind in data):
             lines += data.get("text/markdown", data.get("text/plain", "")).splitlines()
     lines = (" ".join(re.sub(r"<[\w.]+ (object )?at 0x\w+>", "<object>", line).split()) for line in lines)

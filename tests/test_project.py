@@ -39,6 +39,9 @@ def test_what_makes_an_output_stale():
                 "a 1": "b 1", "0.5 s, 5 clusters": "0.5 s, 6 clusters", "sha256 99c5": "sha256 99c6", "a": None}
     assert all(same(*pair) for pair in passes.items()) and not any(same(*pair) for pair in does_not.items())
     assert stale(notebook("a", "b 1"), notebook("a", "b 2")) == ["cell 0 (a1), 'x':", "  saved: b 1\n  now:   b 2"]
+    parted = notebook("a b")
+    parted.cells[0].outputs[:1] = [nbformat.v4.new_output("stream", name="stdout", text=text) for text in ("a ", "b")]
+    assert stale(notebook("a b"), parted) == []
     assert stale(notebook(), notebook(grey=9)) == ["cell 0 (a1), 'x':", "  1 of its pictures show something else"]
     assert stale(notebook("a", source="#| slow\nx"), notebook("b", source="#| slow\nx")) == []
 

@@ -271,7 +271,8 @@ def _words_with_tokens(tokenizer, joined):
     "Each word of a summary with the tokens that lie in it"
     before, summary = f"{joined.context}{SEPARATOR} ", joined.summary.strip()
     places = tokenizer(before + summary, return_offsets_mapping=True)["offset_mapping"]
-    dropped = len(places) - len(joined.input_ids) # tokens of the context's end
+    begin = next(i for i, (_, end) in enumerate(places) if end >= len(before)) # after special tokens
+    dropped = begin - joined.summary_span[0] # tokens of the context's end
     def inside(word):
         start, end = len(before) + word.start, len(before) + word.end
         lies = lambda at: at[0] < end and at[1] > start
