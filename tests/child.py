@@ -42,10 +42,12 @@ def run(argv:list|str, # of `ultra-nb`; a string is split at white space
         return main(argv)
     return call(work, folder, **options)
 
+TOO_LONG = -signal.SIGPROF, -signal.SIGALRM
+
 def call(work:Callable, # gives the exit code
          folder:Path=Path("."), # where it runs
          stdin:bytes=b"", env:dict|None=None,
-         seconds:int=60 # then it is killed, with code -14
+         seconds:int=60 # of computing, four times as many of waiting; then a signal of `TOO_LONG` ends it
         ) -> Done:
     "A function in a child process"
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -67,7 +69,7 @@ def _child(work, folder, seconds, files, env):
     sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, encoding="utf-8", errors=errors, closefd=False)
                                          for fd, (mode, errors) in enumerate(modes))
     signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds), signal.alarm(4 * seconds) # other work makes nothing here slow
     _warnings()
     torch.set_num_threads(1)
     os.chdir(folder), os.environ.update(env)

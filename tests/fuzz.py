@@ -6,7 +6,7 @@ or two lines, and the folder as it was before. What is wrong is printed when it 
 kind, each with the shortest case, which `python tests/fuzz.py --case CASE` tries again. Options come from the parser,
 so that a new one needs no line here.
 """
-import argparse, ast, json, math, multiprocessing, os, re, shutil, signal, struct, sys, tempfile, time
+import argparse, ast, json, math, multiprocessing, os, re, shutil, struct, sys, tempfile, time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -316,7 +316,7 @@ def wrong(case) -> list: # of short texts
 
 def judged(done, argv, new, folder):
     "What is wrong with an end"
-    if done.code == -signal.SIGALRM:
+    if done.code in child.TOO_LONG:
         told = done.out.strip() or [line for line in done.err.split("\n") if line and not line.startswith("Backbone(")]
         return [] if told else [f"not a word in {LIMIT} seconds"]
     if done.code not in (0, 1, 2): return [f"exit code {done.code}: {done.err[-200:]}"]

@@ -303,8 +303,9 @@ def row_of(case:Case, # an image
     row: dict = dict(size=list(case.size), classes=case.classes.tolist(), counts={})
     with shared_passes(): found = {name: method(case) for name, method in methods.items()}
     for name, segmented in found.items():
-        labels = np.unique(segmented, return_inverse=True)[1].reshape(case.size) # a segment without a pixel is none
-        row["counts"][name] = tally(labels, case.truth, labels.max() + 1, len(case.classes)).tolist()
+        seen = np.bincount(segmented.ravel()) > 0 # a segment without a pixel is none
+        labels = (seen.cumsum() - 1)[segmented]
+        row["counts"][name] = tally(labels, case.truth, seen.sum(), len(case.classes)).tolist()
         if not described: continue
         features = segment_features(labels, case.latents, case.backbone.grid)
         row.setdefault("described", {})[name] = _packed(features)
