@@ -454,13 +454,19 @@ def itiou_test(backbone:Backbone, # a vision backbone
 # %% ../nbs/04_interpretability_metrics.ipynb #b18141b1
 def paired(result:Result, # of `perturbation_test` or `itiou_test`
            a:str, # a method
-           b:str # another
+           b:str, # another
+           other:Result|None=None # where b is; None = in the same result
           ) -> dict: # each metric, "metric low", "metric high"
-    "How far the metrics of method a are above those of method b, image by image, with 95 % intervals"
-    s = result.settings
-    if s["test"] == "perturbation": ours, theirs = (_moves(result.rows, m, s["shares"]) for m in (a, b))
-    else: ours, theirs = (_overlaps(result.rows, m, s["taus"], s["classes"]) for m in (a, b))
-    return with_intervals({name: ours[name] - theirs[name] for name in ours}, s["seed"])
+    """How far the metrics of method a are above those of method b, image by image, with 95 % intervals. Raises
+    ValueError for other images"""
+    other, seen = other or result, lambda found: [r["sha256"] for r in found.rows]
+    if seen(result) != seen(other): raise ValueError("the two results are of different images")
+    def of(found, method):
+        s = found.settings
+        if s["test"] == "perturbation": return _moves(found.rows, method, s["shares"])
+        return _overlaps(found.rows, method, s["taus"], s["classes"])
+    ours, theirs = of(result, a), of(other, b)
+    return with_intervals({name: ours[name] - theirs[name] for name in ours}, result.settings["seed"])
 
 # %% ../nbs/04_interpretability_metrics.ipynb #f8a044d2
 def randomised(backbone:Backbone, # any
