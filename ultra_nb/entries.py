@@ -338,11 +338,11 @@ def verdict(evidence:dict # of `Made`
            ) -> tuple[str, str]: # one of VERDICTS; why, a sentence
     "What became of a claim"
     above, below, neither = sides(evidence, "difference")
-    listed_of = lambda places: ", ".join(f"{place} {told(evidence[place], 'difference')}" for place in places)
-    found = {"above 0": above, "below 0": below, "not told apart from 0": neither}
-    why = "; ".join(f"{word}: {listed_of(places)}" for word, places in found.items() if places)
+    each = lambda places: "; ".join(f"{place}, at {told(evidence[place], 'difference')}" for place in places)
+    found = {"Above 0": above, "Below 0": below, "Not told apart from 0": neither}
+    why = " ".join(f"{word}: {each(places)}." for word, places in found.items() if places)
     answer = "disagrees" if below else "agrees" if above and not neither else "cannot tell"
-    return answer, f"{why[0].upper()}{why[1:]}." if why else "Nothing was measured."
+    return answer, why or "Nothing was measured."
 
 # %% ../nbs/library/00_entries.ipynb #de9499ef
 def claim_told(name:str, # of an entry that is in CLAIMS

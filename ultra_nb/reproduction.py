@@ -38,7 +38,7 @@ def _keep(s, name, made, seconds):
                for method, found in r.metrics.items() for key, value in found.items()}
     protocols = sorted({r.settings.get("protocol") for r in made.results} - {None})
     settings = dict(entry=name, state=s.state(), files=files, shown=made.shown, missing=made.missing,
-                    runs=[_in_words(r.settings) for r in made.results])
+                    evidence=made.evidence, runs=[_in_words(r.settings) for r in made.results])
     write_record(s.out / "records" / f"{name}.json", metrics, n=max((r.n for r in made.results), default=1),
                  settings=settings, protocol=", ".join(protocols) or None,
                  seed=made.results[0].settings["seed"] if made.results else None, seconds=seconds, device=s.device,
