@@ -4,13 +4,15 @@ from itertools import pairwise
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from ultra_nb.cli import ENTRY_NAMES, main
+from ultra_nb.entries import CLAIMS, VERDICTS
 from ultra_nb.records import read_json, sealed, unsealed, write_json
 from ultra_nb.report import report_page
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report"
-    argv = ["reproduce", "table8", "table6", "fig1", "fig3", "fig10", "fig13", "--limit", "2", "--out", str(out)]
+    wanted = ["table3", "table6", "table8", "fig1", "fig3", "fig10", "fig13"]
+    argv = ["reproduce", *wanted, "--limit", "2", "--out", str(out)]
     assert main(argv) == 0
     return out
 
@@ -72,6 +74,7 @@ def test_in_a_browser(report, browser, scheme, width):
     assert wrong == [] and [url for url in asked if not url.startswith("data:")] == [(report / "index.html").as_uri()]
     images = page.evaluate(IMAGES)
     assert len(images) == 4 and all(loaded and alt > 40 and shown > 100 for loaded, alt, shown in images)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     found = Axe().run(page).response["violations"]
     assert not found, json.dumps(found, indent=1)
     contrast = page.evaluate(CONTRAST)
@@ -108,15 +111,45 @@ def test_for_a_screen_reader(report, browser):
     assert len(ids) == len(set(ids)) and set(ENTRY_NAMES) <= set(ids)
     page.close()
 
-def test_every_entry_has_its_status(report):
+def test_every_entry_has_its_verdict(report):
     page = (report / "index.html").read_text()
+    articles = re.findall(r"<article.*?</article>", page, re.S)
     for name in ENTRY_NAMES:
-        part = re.search(rf'<h3 id="{name}">.*?</article>', page, re.S)[0]
-        status = re.search(r'class="status [\w-]+">([\w ]+)<', part)[1]
-        assert status == ("embedded only" if (report / f"records/{name}.json").exists() else "not run"), name
-        assert status == "embedded only" or f"not asked for: ultra-nb reproduce {name}" in part
-        if name.startswith("table"):
-            assert "<table>" in part and "The paper&#39;s" not in part.replace(html.escape("the paper's"), "")
+        part, = (article for article in articles if f' id="{name}"' in article)
+        verdicts = re.findall(r'class="status [\w-]+">([\w ]+)<', part)
+        assert set(verdicts) <= set(VERDICTS) and bool(verdicts) == (name in CLAIMS), name
+        made = (report / f"records/{name}.json").exists()
+        assert made or f"not asked for: ultra-nb reproduce {name}" in part and verdicts in ([], ["cannot tell"]), name
+        assert not name.startswith("table") or "<table>" in part
+
+def test_the_answer_comes_first(report):
+    page = (report / "index.html").read_text()
+    answer = re.search(r'<section aria-labelledby="answer".*?</section>', page, re.S)
+    assert answer.start() < page.index('id="explore"') < page.index('id="figures"') < page.index('id="tables"')
+    assert set(re.findall(r'href="#(\w+)"', answer[0])) == set(CLAIMS)
+    assert "None of the paper's 129 numbers" in html.unescape(answer[0]) # 24 of them stand in two tables
+    assert all(meaning in html.unescape(answer[0]) for meaning in VERDICTS.values())
+
+def test_one_measurement_is_shown_once(report):
+    page = (report / "index.html").read_text()
+    group = re.search(r'<h3 id="table3-group">.*?</article>', page, re.S)[0]
+    assert all(f'<h4 id="{name}">' in group for name in ("table3", "table6"))
+    assert group.count('<caption id="embedded-') == 1 and group.count('<caption id="waiting-') == 2
+    folded = re.findall(r"<details>.*?<summary>(.*?)</summary>", group, re.S)
+    assert len(folded) == 2 and all("not run" in line and "--profile paper" in line for line in folded)
+
+def test_the_first_column_stays(report, browser):
+    page = browser.new_page(viewport=dict(width=390, height=844))
+    page.goto((report / "index.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    lefts = page.evaluate("""[...document.querySelectorAll('.scroll')].map(box => {
+        box.scrollLeft = 1e4;
+        const first = box.querySelector('tbody th').getBoundingClientRect().left - box.getBoundingClientRect().left;
+        return [first, box.scrollLeft];
+    })""")
+    assert any(moved > 100 for _, moved in lefts) and all(abs(left - 1) < 1 for left, _ in lefts), lefts
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
 
 def test_what_is_in_records_is_escaped(report, tmp_path):
     (tmp_path / "records").mkdir()

@@ -178,10 +178,12 @@ def _shaped(table):
     "A table as the page holds it: in bodies ULTra's rows and those of others, for each model of the project"
     if table.empty: return None
     table.attrs["metrics"] = list(dict.fromkeys(table.metric))
-    own = table.model.where(table.status == "embedded only", "")
-    bodies = [part for _, part in table.groupby([own, ~table.method.str.startswith("ULTra")], sort=False)]
-    return dict(metrics=table.attrs["metrics"], several=table.dataset.nunique() > 1, counted=(table.n != "").any(),
-                bodies=[dict(below=not part.method.iloc[0].startswith("ULTra"), rows=_rows(part)) for part in bodies])
+    below, own = ~table.method.str.startswith("ULTra"), table.model.where(table.status == "embedded only", "")
+    parts = [(kind, table[(own == model) & (below == kind)]) for model in own.unique() for kind in (False, True)]
+    has = lambda column: bool((table[column] != "").any())
+    return dict(metrics=table.attrs["metrics"], several=table.dataset.nunique() > 1, counted=has("n"),
+                both=has("paper") and has("ours"),
+                bodies=[dict(below=kind, rows=_rows(part)) for kind, part in parts if len(part)])
 
 # %% ../nbs/library/report.ipynb #44657b35
 def _lacking(name, table, profile):
@@ -229,7 +231,8 @@ def _section(out, profile, problems, name):
     found = dict(name=name, label=label_of(name), title=entry.title, needs=entry.needs, record=record,
                  claim=judged(name, record))
     if record is None:
-        frames = {name: beside_paper(name, []).astype(str)} if name.startswith("table") else {}
+        keys = [name] if name.startswith("table") else ["section5.3"] if name == "fig10" else []
+        frames = {key: beside_paper(key, []).astype(str) for key in keys}
         found |= dict(status="not run", why=why or f"not asked for: ultra-nb reproduce {name}", figures=[])
     else:
         files = {Path(out) / file: kept["text"] for file, kept in record["settings"]["files"].items()}
