@@ -17,6 +17,7 @@ import ultra_nb
 from .entries import CLAIMS, ENTRIES, PAPER_DATA, PAPER_SCALARS, VERDICTS, beside_paper, entry_names
 from .entries import model_title, verdict
 from .evaluation import BASELINES
+from .figures import DPI
 from .pages import example_part
 from .records import read_json, told, unsealed
 from .weights import checksum
@@ -149,7 +150,7 @@ DATA_TITLES = { # the paper's names to those that its tables print
     "coco-stuff-27": "COCO-Stuff 27", "voc2012": "PASCAL VOC 2012", "cityscapes": "Cityscapes",
     "potsdam-3": "Potsdam-3"}
 
-def _named(table):
+def _for_readers(table):
     "Methods, models and data sets as readers know them; the highest numbers of each column are marked"
     embedded = table.status == "embedded only"
     found = table.assign(
@@ -164,7 +165,7 @@ def _named(table):
     return found
 
 # %% ../nbs/library/report.ipynb #ca5b3f42
-def _rows(table):
+def _table_rows(table):
     "A row for each method, model and data set, with a cell for each metric, None where there is no number"
     rows = []
     for (method, model, data), part in table.groupby(["method", "model", "dataset"], sort=False):
@@ -183,7 +184,7 @@ def _shaped(table):
     has = lambda column: bool((table[column] != "").any())
     return dict(metrics=table.attrs["metrics"], several=table.dataset.nunique() > 1, counted=has("n"),
                 both=has("paper") and has("ours"),
-                bodies=[dict(below=kind, rows=_rows(part)) for kind, part in parts if len(part)])
+                bodies=[dict(below=kind, rows=_table_rows(part)) for kind, part in parts if len(part)])
 
 # %% ../nbs/library/report.ipynb #44657b35
 def _lacking(name, table, profile):
@@ -201,7 +202,7 @@ def _lacking(name, table, profile):
 # %% ../nbs/library/report.ipynb #4e076873
 def _table_parts(name, table, profile):
     "What was measured on the paper's models and data beside other methods, and what was not"
-    found = _named(table)[table.status != "embedded only"]
+    found = _for_readers(table)[table.status != "embedded only"]
     ours = found.ours != ""
     waiting = found[~ours & (table.method == "ULTra")] if ours.any() else found
     return dict(key=name, measured=_shaped(found.drop(waiting.index)) if ours.any() else None, waiting=_shaped(waiting),
@@ -219,8 +220,10 @@ def found_again(tables:list # of `beside_paper`, of strings
 
 # %% ../nbs/library/report.ipynb #2ae0a58b
 def _shown_figure(path, text):
-    "A figure as the page holds it"
-    return dict(alt=text, data=base64.b64encode(path.read_bytes()).decode(), size=Image.open(path).size)
+    "A figure as the page holds it, in the size that it has on a screen"
+    image = Image.open(path)
+    size = [round(pixels * DPI / image.info.get("dpi", (DPI,))[0]) for pixels in image.size]
+    return dict(alt=text, data=base64.b64encode(path.read_bytes()).decode(), size=size)
 
 # %% ../nbs/library/report.ipynb #3dabcfdd
 def _section(out, profile, problems, name):
@@ -247,7 +250,7 @@ def _embedded(sections):
     "What tables that are one measurement have of the project's models"
     rows = pd.concat([frame[frame.status == "embedded only"] for s in sections for frame in s["frames"].values()] or
                      [pd.DataFrame()])
-    return _shaped(_named(rows.drop_duplicates(["method", "model", "metric"]))) if len(rows) else None
+    return _shaped(_for_readers(rows.drop_duplicates(["method", "model", "metric"]))) if len(rows) else None
 
 def _claims(sections):
     "The claims of sections, each once, with the sections that it is of"

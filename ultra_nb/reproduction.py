@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from filelock import FileLock, Timeout
 from .entries import ENTRIES, Sources
-from .figures import save
+from .figures import PRINTED, save
 from .records import foreign, sealed, write_bytes, write_json, write_record
 from .report import amiss, entry_record, read_note, read_problems, report_page
 from .weights import checksum
@@ -23,8 +23,9 @@ def _in_words(settings):
     return ", ".join([settings["model"], settings["dataset"], *(f"{key} {settings[key]}" for key in given)])
 
 def _write_made(s, name, made):
-    "Writes what an entry made: file to its alternative text, or for a table its title"
-    files = {save(fig, s.out / "figures" / f"{key}.png", force=True): alt for key, (fig, alt) in made.figures.items()}
+    "Writes what an entry made, figures for print: file to its alternative text, or for a table its title"
+    files = {save(fig, s.out / "figures" / f"{key}.{kind}", force=True, dpi=PRINTED): alt
+             for key, (fig, alt) in made.figures.items() for kind in ("png", "svg")}
     for key, table in made.tables.items():
         files[write_bytes(s.out / "tables" / f"{key}.csv", table.to_csv(index=False).encode())] = ENTRIES[name].title
     return files
