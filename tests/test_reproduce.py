@@ -102,6 +102,10 @@ def test_an_embedded_row_has_a_record_and_no_difference(done):
         metric = f"{row.model}, scenes val, layer 7, threshold 0.4: {row.method} {row.metric}"
         assert round(record["metrics"][metric], 1) == float(row.ours)
 
+def test_figures_are_for_print(done):
+    assert Image.open(done / "figures/figure1.png").info["dpi"] == pytest.approx((200, 200), abs=.1)
+    assert (done / "figures/figure1.svg").read_text().startswith("<?xml")
+
 def test_the_folder_of_another_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("mine")
     assert main(["reproduce", "fig1", "--out", str(tmp_path)]) == 1

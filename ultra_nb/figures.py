@@ -115,10 +115,11 @@ def charts(rows:int, cols:int, # how many charts
 def line(ax:Axes, # of `charts`
          x:Sequence, y:Sequence, # [m]
          low:Sequence|None=None, high:Sequence|None=None, # ends of the interval at each point [m]
-         **style # label, color, marker, .. of the line
+         marker:str="o", # of the points
+         **style # label, color, .. of the line
         ):
     "Draws values over x, and their intervals as a band"
-    drawn, = ax.plot(x, y, **dict(marker="o", markersize=3) | style)
+    drawn, = ax.plot(x, y, marker=marker, markersize=3, **style)
     if all(isinstance(v, int) for v in x): ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if low is None or high is None: return
     ax.fill_between(x, low, high, color=drawn.get_color(), alpha=.15, linewidth=0)

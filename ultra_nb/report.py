@@ -254,13 +254,13 @@ def _embedded(sections):
 
 def _claims(sections):
     "The claims of sections, each once, with the sections that it is of"
-    found: dict = {}
+    found = {}
     for s in sections: found.setdefault(str(s["claim"]), (s["claim"], []))[1].append(s)
     return list(found.values())
 
 def _groups(sections):
     "Sections of tables, those that show the same methods of the same runs together"
-    groups: dict = {}
+    groups = {}
     for s in sections:
         frame, = s["frames"].values()
         methods = frame.method[frame.status == "embedded only"].unique().tolist()
@@ -270,7 +270,7 @@ def _groups(sections):
 # %% ../nbs/library/report.ipynb #e6ac8bb3
 def _answers(sections):
     "Of each verdict what got it: a claim, and the sections that it is of"
-    found: dict = {answer: {} for answer in VERDICTS}
+    found = {answer: {} for answer in VERDICTS}
     for s in sections:
         if s["claim"]: found[s["claim"]["verdict"]].setdefault(s["claim"]["text"], []).append(s)
     return {answer: list(claims.items()) for answer, claims in found.items() if claims}
