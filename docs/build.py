@@ -77,6 +77,7 @@ def processed(path, lib):
     notebook = nbformat.reads(nb2str(steps.nb), 4)
     for cell in notebook.cells:
         if cell.cell_type != "code": continue
+        if "#| echo: false" in cell.source: cell.metadata["transient"] = dict(remove_source=True) # its outputs alone
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
         if name := re.fullmatch(r"show_doc\((\S+)\)", cell.source):
             home = next(module for module in modules if hasattr(module, name[1].split(".")[0]))
