@@ -52,14 +52,16 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/library/cli.ipynb #4cd46fcf
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]") # but tab and line ends
 
+def _escaped(text, encoding="utf-8"):
+    "A text without what must not reach a terminal, or cannot in its encoding"
+    text = CONTROL.sub(lambda c: f"\\x{ord(c[0]):02x}", text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
 class _EscapingStream:
     "A stream that writes out what must not reach a terminal, or cannot"
     def __init__(self, stream): self.stream = stream
     def __getattr__(self, name): return getattr(self.stream, name)
-    def write(self, text):
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        text = CONTROL.sub(lambda c: f"\\x{ord(c[0]):02x}", text)
-        return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    def write(self, text): return self.stream.write(_escaped(text, getattr(self.stream, "encoding", None) or "utf-8"))
 
 # %% ../nbs/library/cli.ipynb #9a0616f6
 @contextlib.contextmanager
@@ -156,6 +158,31 @@ def main(argv:list[str]|None=None # arguments; None = the command line's
             print(f"ultra-nb: {_one_line(_error_message(error))}", file=sys.stderr)
             return 1
     return 0
+
+# %% ../nbs/library/cli.ipynb #b0cc762c
+def _show_table(rows, heads=(), title=None, below=None):
+    "Rows of texts as a table on the terminal"
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    stream, colours = getattr(sys.stdout, "stream", sys.stdout), {"ok": "green", "--": "yellow"}
+    shown = lambda text: Text(_escaped(str(text), stream.encoding or "utf-8"), colours.get(text, ""), overflow="fold")
+    left = dict(title_justify="left", title_style="bold", caption_justify="left")
+    table = Table(title=title, caption=below and shown(below), box=box.SIMPLE_HEAD, show_header=bool(heads), **left)
+    sides = ["left"] + len(rows[0][1:]) * ["right" if heads else "left"] # numbers to the right
+    for side, head in zip(sides, heads or rows[0], strict=True): table.add_column(shown(head), justify=side)
+    for row in rows: table.add_row(*map(shown, row))
+    Console(file=stream).print(table)
+
+# %% ../nbs/library/cli.ipynb #3d1fd6cd
+def _print_rows(rows, *widths, title=None):
+    "Rows of texts: a table where a person looks, else lines, in which all texts but the last have some width"
+    rows = list(rows)
+    if sys.stdout.isatty(): return _show_table(rows, title=title)
+    for *before, last in rows:
+        start = "".join(f"{text:{width}} " for text, width in zip(before, widths, strict=True))
+        print(start + last.replace("\n", "\n" + " " * len(start)))
 
 # %% ../nbs/library/cli.ipynb #3b7a9dd7
 class _InRange(argparse.Action):
@@ -280,12 +307,13 @@ def _scalar(text, backbone, layer):
 def _maps(backbone, x, tokens, args, step=16):
     "`explain` with a progress bar [T, N]"
     import torch
-    from tqdm import tqdm
     from ultra_nb.explanation_maps import explain
+    from ultra_nb.records import progress
     options = dict(layer=args.layer, scalar=_scalar(args.scalar, backbone, args.layer), mode=args.mode)
     if args.mode == "diagonal": return explain(backbone, x, tokens=tokens, **options)[0]
-    groups = tqdm(torch.as_tensor(tokens).split(step), desc="tokens", unit_scale=step, delay=2, leave=False)
-    return torch.cat([explain(backbone, x, tokens=group, **options)[0] for group in groups])
+    groups = torch.as_tensor(tokens).split(step)
+    with progress(groups, f"tokens, {step} at a time", leave=False) as groups:
+        return torch.cat([explain(backbone, x, tokens=group, **options)[0] for group in groups])
 
 # %% ../nbs/library/cli.ipynb #9741e3a1
 def _check_writable(path, *endings, force=False):
@@ -567,7 +595,9 @@ def _print_result(found, skip_bad):
     "Prints a result once. Raises ValueError where images could not be read, but with `skip_bad`"
     from ultra_nb.records import process_rank
     if process_rank(): return
-    print(found)
+    if not sys.stdout.isatty(): print(found)
+    else:
+        for below, (heads, *rows) in found.tables.items(): _show_table(rows, heads, below=below)
     for name, error in found.bad.items(): print(f"not measured: {name}: {error}", file=sys.stderr)
     if found.bad and not skip_bad:
         raise ValueError(f"{len(found.bad)} of {found.n + len(found.bad)} images could not be read (listed above); "
@@ -679,8 +709,8 @@ class _FirstImages(Sequence):
     def __len__(self): return self.n
     def __getitem__(self, i): return self.dataset[i].image
     def __iter__(self):
-        from tqdm import tqdm
-        return iter(tqdm(map(self.__getitem__, range(self.n)), desc="reading", total=self.n, delay=2, leave=False))
+        from ultra_nb.records import progress
+        with progress(map(self.__getitem__, range(self.n)), "reading", self.n, leave=False) as images: yield from images
 
 # %% ../nbs/library/cli.ipynb #ed21adbe
 def _fit_or_rescue(args, backbone, images, checkpoints):
@@ -722,10 +752,10 @@ def _data_options(parser):
 
 # %% ../nbs/library/cli.ipynb #f1e52bf8
 def _about(source):
-    "Lines about a data set: what it is, where to get it and how to lay it out"
+    "What a data set is, where to get it and how to lay it out, as rows of texts"
     counts = ", ".join(f"{split} {n}" for split, n in source.counts.items())
     facts = {"what": source.what, "from": source.home, "terms": source.terms, "images": counts, "layout": source.layout}
-    return [f"{name + ':':8}" + text.replace("\n", f"\n{'':8}") for name, text in facts.items() if text]
+    return [(f"{name}:", text) for name, text in facts.items() if text]
 
 # %% ../nbs/library/cli.ipynb #aa5ca8ca
 @command("data", _data_options, help="where to get a data set, and whether it is complete")
@@ -734,13 +764,14 @@ def data_command(args:Namespace # of `_data_options`
     """Says where a data set comes from, under which terms, and how it should lie on disk; with --root checks what is
     there: number of images, sizes, label values."""
     from ultra_nb.datasets import DATA, check_data
-    if args.dataset is None: return print("\n".join(f"{name:11} {source.what}" for name, source in DATA.items()))
+    if args.dataset is None: return _print_rows([(name, source.what) for name, source in DATA.items()], 11)
     if args.dataset not in DATA: raise ValueError(f"no data set {args.dataset!r}; there are {', '.join(DATA)}")
-    print("\n".join(_about(DATA[args.dataset])))
+    _print_rows(_about(DATA[args.dataset]), 7)
     if args.root is None and args.dataset != "scenes": return
     report = check_data(_dataset(args, complete=False))
     number = f"{report.number} of {report.expected}" if report.expected else report.number
-    print(f"found:  {number} images ({report.split}); labels {', '.join(map(str, report.labels))}")
+    labels = ", ".join(map(str, report.labels))
+    _print_rows([("found:", f"{number} images ({report.split}); labels {labels}")], 7)
     for problem in report.problems: print(problem, file=sys.stderr)
     if report.problems:
         raise ValueError(f"{len(report.problems)} of {report.number} images have problems (listed above)")
@@ -962,8 +993,9 @@ def _files_here():
 def doctor_command(args:Namespace # without options
                   ) -> None:
     "Prints versions, devices, weights and data sets, and what to do about what is missing."
-    for lines in (_packages_here(), _devices_here(), _files_here()):
-        for good, name, what in lines: print(f"{'ok' if good else '--':3} {name:17} {what}")
+    parts = {"packages": _packages_here(), "devices": _devices_here(), "files": _files_here()}
+    for title, part in parts.items():
+        _print_rows([("ok" if good else "--", name, what) for good, name, what in part], 3, 17, title=title)
 
 # %% ../nbs/library/cli.ipynb #be5ab9bb
 def _record_option(parser):
