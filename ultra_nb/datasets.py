@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from .images import FORMATS, IGNORE, open_image, read_image
-from .records import progress
 from .scenes import CLASSES, Scenes
+from .screens import progress
 
 # %% ../nbs/library/datasets.ipynb #a8e19b4a
 class Sample(NamedTuple):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'SCRATCH', 'package_version', 'commit', 'device_name', 'needs', 'write_bytes', 'foreign', 'write_json',
            'read_json', 'sealed', 'unsealed', 'write_record', 'Run', 'one_thread_each', 'interval', 'with_intervals',
-           'sides', 'told', 'Result', 'process_rank', 'progress', 'measure']
+           'sides', 'told', 'Result', 'process_rank', 'measure']
 
 # %% ../nbs/library/records.ipynb #0791685a
 import hashlib, json, os, platform, secrets, subprocess, sys, time, zlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 import numpy as np
 import torch
-from tqdm import tqdm
+from .screens import progress
 import ultra_nb
 
 # %% ../nbs/library/records.ipynb #a47f2302
@@ -353,26 +353,6 @@ def _rows(group, dataset, work, known):
     samples = [sample for _, sample in read if sample is not None]
     found = iter(work(samples) if samples else [])
     return [row if sample is None else row | next(found) for row, sample in read]
-
-# %% ../nbs/library/records.ipynb #af339dcc
-@contextmanager
-def progress(items, # to go through
-             what:str, # they are
-             total:int|None=None, # None = as many as `items` has
-             done:int=0, # of these, before
-             leave:bool=True, # the bar stays when all are done
-             disable:bool=False # no bar
-            ):
-    "The same items, with a bar on the error stream; `with` ends it also where an error comes between"
-    if disable or not sys.stderr.isatty():
-        with tqdm(items, what, total, leave, initial=done, disable=disable, delay=2) as bar: yield bar
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    streams = dict(console=Console(file=sys.__stderr__), redirect_stdout=False, redirect_stderr=False)
-    with Progress(*columns, transient=not leave, **streams) as bar:
-        yield bar.track(items, total, done, description=what)
 
 # %% ../nbs/library/records.ipynb #dc8b2574
 @contextmanager

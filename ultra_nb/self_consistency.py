@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from .explanation_maps import explain, latents, patch_of, suppress_self
-from .records import Run, one_thread_each, progress, write_bytes
+from .records import Run, one_thread_each, write_bytes
+from .screens import progress
 from .segmentation import segment
 
 # %% ../nbs/03_self_consistency.ipynb #f43233c6
