@@ -32,10 +32,10 @@ def show_table(rows:list, # of texts [rows, columns]
     from rich.text import Text
     stream, colours = getattr(sys.stdout, "stream", sys.stdout), {"ok": "green", "--": "yellow"}
     shown = lambda text: Text(escaped(text, stream.encoding or "utf-8"), colours.get(text, ""), overflow="fold")
-    left = dict(title_justify="left", title_style="bold", caption_justify="left")
-    table = Table(title=title, caption=below and shown(below), box=box.SIMPLE_HEAD, show_header=bool(heads), **left)
-    sides = ["left"] + len(rows[0][1:]) * ["right" if heads else "left"] # numbers to the right
-    for side, head in zip(sides, heads or rows[0], strict=True): table.add_column(shown(head), justify=side)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=bool(heads),
+                  caption=below and shown(below), caption_justify="left")
+    for n, head in enumerate(heads or rows[0]):
+        table.add_column(shown(head), justify="right" if heads and n else "left")
     for row in rows: table.add_row(*map(shown, row))
     Console(file=stream, force_jupyter=False).print(table)
 
@@ -56,6 +56,6 @@ def progress(items, # to go through
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    streams = dict(console=Console(file=sys.__stderr__), redirect_stdout=False, redirect_stderr=False)
-    with Progress(*columns, transient=not leave, **streams) as bar:
+    with Progress(*columns, console=Console(file=sys.__stderr__), transient=not leave, redirect_stdout=False,
+                  redirect_stderr=False) as bar:
         yield bar.track(items, total, done, description=what)
