@@ -45,7 +45,7 @@ README := README.md
 readme:
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --RegexRemovePreprocessor.patterns='^#\| hide' \
 	  nbs/index.ipynb | \
-	  sed -E 's#\]\(([^:)]*\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' > $(README)
+	  sed -E 's@\]\(([^:)]*\.ipynb(#[^)]*)?)\)@](nbs/\1)@g; s#\]\(\.\./#](#g' > $(README)
 
 clean:
 	rm -rf .venv build dist _site _proc *.egg-info

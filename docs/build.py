@@ -77,10 +77,12 @@ def processed(path, lib):
     notebook = nbformat.reads(nb2str(steps.nb), 4)
     for cell in notebook.cells:
         if cell.cell_type != "code": continue
+        outputs_alone = "#| echo: false" in cell.source
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
         if name := re.fullmatch(r"show_doc\((\S+)\)", cell.source):
             home = next(module for module in modules if hasattr(module, name[1].split(".")[0]))
             cell.update(cell_type="markdown", source=documented(name[1], home))
+        elif outputs_alone: cell.metadata["transient"] = dict(remove_source=True)
     return notebook, yaml.safe_load(notebook.cells.pop(0).source.strip().strip("-"))
 
 def page(notebook, lead, root, hosted, top=""):

@@ -165,6 +165,27 @@ def test_quarto_can_run_what_it_runs():
                 alone = not any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes)
                 assert alone, f"{path.name}: give the imports a cell of their own\n{source}"
 
+class Notebook:
+    "What an IPython is asked for, under the name that Colab's has, or under Jupyter's"
+    def __init__(self, place): self.place, self.asked = place, []
+    def __str__(self): return f"<{self.place} object>"
+    def system(self, line): self.asked.append(line)
+    def run_line_magic(self, name, line): self.asked.append(f"%{name} {line}")
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("0*.ipynb")), ids=lambda p: p.stem)
+def test_a_chapter_opens_in_colab(path):
+    "By a badge on its top; the project is fetched and installed there, and nowhere else"
+    ini, sources = INI["DEFAULT"], ["".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"][1:3]]
+    page = f"https://colab.research.google.com/github/{ini['user']}/{ini['repo']}/blob/{ini['branch']}"
+    assert sources[0] == f"[![Open in Colab](../figures/colab.svg)]({page}/nbs/{path.name})"
+    assert sources[1].startswith("#| hide\n")
+    colab, jupyter = Notebook("google.colab._shell.Shell"), Notebook("ipykernel.zmqshell.ZMQInteractiveShell")
+    for shell in (colab, jupyter): exec(sources[1], dict(get_ipython=lambda shell=shell: shell))
+    install = r"git clone -q --depth 1 (\S+) && pip install -q '\./(\w+)\[(.*)\]'"
+    fetched, name, extras = re.fullmatch(install, colab.asked[0]).groups()
+    assert fetched == ini["git_url"] and name == ini["repo"] and colab.asked[1:] == [f"%cd {name}/nbs"]
+    assert all(f"{extra}_requirements" in ini for extra in extras.split(",")) and not jupyter.asked
+
 def test_hosting_is_configured():
     ini, quarto = INI["DEFAULT"], yaml.safe_load((ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8"))
     assert ini["git_url"] == f"https://github.com/{ini['user']}/{ini['repo']}"

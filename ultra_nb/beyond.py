@@ -14,9 +14,9 @@ from scipy.spatial.distance import squareform
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from .explanation_maps import latents, minmax, upsample
+from .explanation_maps import check_finite, latents, minmax, upsample
 from .models import Backbone
-from .segmentation import Segmentation, check_finite, cut, distances
+from .segmentation import Segmentation, cut, distances
 
 # %% ../nbs/07_beyond.ipynb #02290747
 WEIGHT = 2. # of latent tokens against maps; chosen on training photographs
@@ -38,7 +38,7 @@ def joint_tree(maps:Tensor, # scaled, one per patch token [n, h*w]
     if len(maps) != len(tokens): raise ValueError(f"{len(maps)} maps but {len(tokens)} latent tokens")
     if len(maps) < 2: raise ValueError(f"{len(maps)} tokens cannot be clustered; two are the least")
     check_finite(maps)
-    check_finite(tokens)
+    check_finite(tokens, "latent tokens")
     return hierarchy.linkage(relative(maps) + weight * relative(tokens), "average")
 
 # %% ../nbs/07_beyond.ipynb #74d77151

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 from .images import FORMATS, IGNORE, open_image, read_image
 from .scenes import CLASSES, Scenes
+from .screens import progress
 
 # %% ../nbs/library/datasets.ipynb #a8e19b4a
 class Sample(NamedTuple):
@@ -210,7 +210,7 @@ def _inside(root, name):
 def _curated(listed, masks):
     "Names of the curated pictures: as listed, else by the rule"
     if listed.exists(): return listed.read_text().split()
-    with tqdm(sorted(masks.glob("*.png")), "which are mostly stuff") as paths: # ends its line before an error's
+    with progress(sorted(masks.glob("*.png")), "which are mostly stuff") as paths:
         return [path.stem for path in paths if mostly_stuff(read_labels(path))]
 
 # %% ../nbs/library/datasets.ipynb #63625848
@@ -396,8 +396,8 @@ def _check_alone(path, alone, other):
 def _class_names(listed, masks, ignore):
     "Names in `classes.txt`, else one for every number up to the largest in the masks"
     if listed.exists(): return _listed_names(listed)
-    paths = tqdm(masks, "which classes there are", delay=2)
-    seen = {int(i) for path in paths for i in np.unique(read_labels(path))} - {ignore, IGNORE}
+    with progress(masks, "which classes there are") as paths:
+        seen = {int(i) for path in paths for i in np.unique(read_labels(path))} - {ignore, IGNORE}
     if max(seen, default=0) > IGNORE:
         raise ValueError(f"the masks beside {listed.name} hold {max(seen)}: class numbers go from 0 to 254")
     return [f"class {i}" for i in range(max(seen, default=-1)+1)]
@@ -507,9 +507,10 @@ def check_data(pictures:Pictures # from `open_data`, with `complete=False` when 
               ) -> Report:
     "Read every picture and mask of a data set"
     problems, labels = [], set()
-    for _, *where in tqdm(pictures.files, f"{pictures.name} {pictures.split}", delay=2):
-        try: labels |= _labels_of(pictures, where)
-        except (OSError, ValueError) as e: problems.append(" ".join(str(e).split()))
+    with progress(pictures.files, f"{pictures.name} {pictures.split}") as files:
+        for _, *where in files:
+            try: labels |= _labels_of(pictures, where)
+            except (OSError, ValueError) as e: problems.append(" ".join(str(e).split()))
     expected = DATA[pictures.name].counts.get(pictures.split) if pictures.name in DATA else None
     return Report(pictures.name, pictures.split, len(pictures), expected, problems, sorted(labels))
 

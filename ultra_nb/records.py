@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 import numpy as np
 import torch
-from tqdm import tqdm
+from .screens import progress
 import ultra_nb
 
 # %% ../nbs/library/records.ipynb #a47f2302
@@ -281,10 +281,13 @@ def told(found:dict, # of `with_intervals`
     return f"{found[name]:.1f} ({found[f'{name} low']:.1f} to {found[f'{name} high']:.1f})"
 
 # %% ../nbs/library/records.ipynb #12b621f4
-def _lines(metrics):
-    "Lines of a table: a row for each method, a column for each metric"
+def _metric_table(metrics):
+    "Rows of texts: the metrics' names, then each method with its metrics"
     names = [k for k in next(iter(metrics.values())) if not k.endswith((" low", " high"))]
-    table = [["", *names], *([method, *(told(m, k) for k in names)] for method, m in metrics.items())]
+    return [["", *names], *([method, *(told(m, k) for k in names)] for method, m in metrics.items())]
+
+def _lines(table):
+    "Rows of texts as lines, the first column to the left, the others to the right"
     width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
     return ["  ".join([method.ljust(width), *map(str.rjust, told_of, widths)]) for method, *told_of in table]
 
@@ -302,13 +305,17 @@ class Result:
     def n(self) -> int: # images that count
         return len(self.rows)
 
-    def __str__(self):
+    @property
+    def tables(self) -> dict: # what stands below a table to its rows of texts, the first of which names the columns
         protocol = f", protocol {p}" if (p := self.settings.get("protocol")) else ""
         of_what = f"{self.n} images of {self.settings['dataset']}{protocol}; in brackets 95 % intervals"
-        lines = [*_lines(self.metrics), of_what]
+        found = {of_what: _metric_table(self.metrics)}
         if apart := self.details.get("apart"):
-            lines += ["", *_lines(apart), f"minus {next(iter(self.metrics))}, on the same images"]
-        return "\n".join(lines)
+            found[f"minus {next(iter(self.metrics))}, on the same images"] = _metric_table(apart)
+        return found
+
+    def __str__(self):
+        return "\n\n".join("\n".join([*_lines(table), below]) for below, table in self.tables.items())
 
 # %% ../nbs/library/records.ipynb #6fee19c4
 def process_rank() -> int: # 0, 1, ..
@@ -348,19 +355,20 @@ def _rows(group, dataset, work, known):
     return [row if sample is None else row | next(found) for row, sample in read]
 
 # %% ../nbs/library/records.ipynb #dc8b2574
-def _each(rows, indices, pool, batch, **options):
+@contextmanager
+def _each(rows, indices, pool, batch, disable=False):
     "Rows in order, with progress; no more than some groups at a time, however long the list"
     groups = [indices[start:start + batch] for start in range(0, len(indices), batch)]
     parts = (part for start in range(0, len(groups), 1024) for part in pool.map(rows, groups[start:start + 1024]))
-    return tqdm((row for part in parts for row in part), desc="images", total=len(indices), delay=2, unit="image",
-                **options)
+    found = (row for part in parts for row in part)
+    with progress(found, "images", len(indices), disable=disable) as measured: yield measured
 
 # %% ../nbs/library/records.ipynb #2dddcb1f
 def _list_hash(dataset, n):
     "sha256 of the names of the first n samples, one a line"
     digest = hashlib.sha256()
-    for i, (name, *_) in enumerate(tqdm(islice(dataset.files, n), desc="names", total=n, delay=2, leave=False)):
-        digest.update(("\n" * bool(i) + name).encode("utf-8", "surrogateescape"))
+    with progress(islice(dataset.files, n), "names", n, leave=False) as names:
+        for i, (name, *_) in enumerate(names): digest.update(("\n" * bool(i) + name).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 # %% ../nbs/library/records.ipynb #498752ba
@@ -402,8 +410,10 @@ def _measure_in(out, settings, rows, n, metrics, device, batch):
             wait()
             known = {i: r for i, r in run.rows().items() if "error" not in r}
             wait()
-            with one_thread_each(device, min(batch, 4)) as pool:
-                for r in _each(partial(rows, known=known), range(rank, n, world), pool, batch, disable=rank > 0):
+            mine = range(rank, n, world)
+            with (one_thread_each(device, min(batch, 4)) as pool,
+                  _each(partial(rows, known=known), mine, pool, batch, disable=rank > 0) as measured):
+                for r in measured:
                     if r is known.get(r["i"]): continue
                     run.add(r)
                     fresh = True
@@ -431,8 +441,9 @@ def measure(backbone, # the vision `Backbone` that is measured
     if backbone.precision != "float32": model["precision"] = backbone.precision
     settings, rows = data | model | settings, partial(_rows, dataset=dataset, work=work)
     if out is None:
-        with one_thread_each(device, min(batch, 4)) as pool:
-            return _result(list(_each(partial(rows, known={}), range(n), pool, batch)), metrics, settings)
+        with (one_thread_each(device, min(batch, 4)) as pool,
+              _each(partial(rows, known={}), range(n), pool, batch) as measured):
+            return _result(list(measured), metrics, settings)
     if not resume and Path(out).exists() and any(Path(out).iterdir()):
         raise ValueError(f"{out} is not empty; name a new folder")
     return _measure_in(out, settings, rows, n, metrics, device, batch)

@@ -18,9 +18,9 @@ from safetensors.torch import save
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from tqdm import tqdm
 from .explanation_maps import explain, latents, patch_of, suppress_self
 from .records import Run, one_thread_each, write_bytes
+from .screens import progress
 from .segmentation import segment
 
 # %% ../nbs/03_self_consistency.ipynb #f43233c6
@@ -291,10 +291,11 @@ def _learn(trainer, seen, held, batches, each, run):
     if run and (kept := run.folder / "checkpoint.safetensors").exists():
         _resume_training(trainer, kept, each, len(batches))
     first = len(trainer.history["loss"])
-    for n in tqdm(range(first, len(batches)), desc="steps", initial=first, total=len(batches), delay=2):
-        if n and n % each == 0 and not trainer.improves(seen(held, 0)): return
-        trainer.step(seen(batches[n], n + 1))
-        if run: write_bytes(run.folder / "checkpoint.safetensors", _packed_training(trainer))
+    with progress(range(first, len(batches)), "steps", len(batches), first) as steps:
+        for n in steps:
+            if n and n % each == 0 and not trainer.improves(seen(held, 0)): return
+            trainer.step(seen(batches[n], n + 1))
+            if run: write_bytes(run.folder / "checkpoint.safetensors", _packed_training(trainer))
     trainer.improves(seen(held, 0))
 
 # %% ../nbs/03_self_consistency.ipynb #66a25dd2
