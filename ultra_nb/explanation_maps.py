@@ -279,10 +279,12 @@ def _latents(notes, layer):
 def below(model:nn.Module|Backbone, # as in `explain`
           inputs:Tensor|dict, # as in `explain`
           blocks:Sequence[nn.Module]|None=None, # as in `explain`
-          layer:int|None=None # the paper's l, 2 to L+1; None = L+1
+          layer:int|None=None, # the paper's l, 2 to L+1; None = L+1
+          diagonal:bool=False # found fit for pulling back position by position, as in mode "diagonal"
          ) -> list[Taped]: # l - 1 of them, first block first
     "The tape of the blocks below $z^{(l)}$. Raises ValueError for inputs, blocks or a layer that cannot work"
     model, blocks, layer = _asked(model, inputs, blocks, layer)
+    if diagonal: return _checked(model, inputs, blocks, layer, _check_positions)[0]
     return tape(model, blocks, inputs)[:layer - 1]
 
 # %% ../nbs/01_explanation_maps.ipynb #562195c0

@@ -179,10 +179,11 @@ class _Opened(_Closing):
         if _open_taps.pop(id(self), None) or _saved: _settle()
 
 # %% ../nbs/00_preliminaries.ipynb #25f3b6d1
-def attention_tap(diagonal:bool=False # gradients to keys and values along the diagonal only
+def attention_tap(diagonal:bool=False, # gradients to keys and values along the diagonal only
+                  kind:type[Tap]=Tap # or one that keeps more of a call
                  ) -> _Opened: # a context that yields the `Tap`
     "A context in which every fused attention call is written out and its A recorded; leaving it restores PyTorch"
-    return _Opened(Tap(diagonal))
+    return _Opened(kind(diagonal))
 
 # %% ../nbs/00_preliminaries.ipynb #af31066f
 def _is_attention(name, module):
