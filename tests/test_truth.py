@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 import child
+from ultra_nb.beyond import explain_attended
 from ultra_nb.explanation_maps import explain, latents
 from ultra_nb.preliminaries import attention_rollout, attention_tap, class_map, find_blocks
 from ultra_nb.benchmark import per_token_maps
@@ -292,6 +293,8 @@ def test_blocks_that_write_in_place():
     for mode in ("exact", "diagonal"):
         maps, expected = explain(model, dict(z=TOKENS.clone()), mode=mode), explain(plain, dict(z=TOKENS), mode=mode)
         torch.testing.assert_close(maps, expected, rtol=1e-10, atol=1e-10)
+    maps, expected = (explain_attended(m, dict(z=TOKENS.clone()), others=2) for m in (model, plain))
+    torch.testing.assert_close(maps, expected, rtol=1e-10, atol=1e-10)
 
 class Checkpointed(Block):
     def forward(self, z): return checkpoint(super().forward, z, use_reentrant=False)

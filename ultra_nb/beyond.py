@@ -141,7 +141,8 @@ def _hops(tap, A, dA, u, P):
 def _followed(taped, cot, P, first):
     "A of a block, its gradient in each field [S, B, H, N, N], and the fields at its input (None of the first)"
     z = taped.z.detach().requires_grad_()
-    with torch.enable_grad(), attention_tap(kind=Parts) as tap:
+    in_place = torch.autograd.graph.allow_mutation_on_saved_tensors() # as some blocks write
+    with torch.enable_grad(), in_place, attention_tap(kind=Parts) as tap:
         out = taped(z)
         A = own_attention(tap.attention, z, taped.block)
         pull = lambda outs, ins, cots: torch.autograd.grad(outs, ins, cots, retain_graph=True, is_grads_batched=True)
