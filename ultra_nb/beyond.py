@@ -116,7 +116,7 @@ def places(wanted:Tensor, # how much each target wants each position [B, N, N]
             weights[found[0], found[-1]] = -1e6 # taken
             found.append(linear_sum_assignment(weights, maximize=True)[1])
         return found
-    return torch.as_tensor(np.stack([of_one(w) for w in wanted.double().cpu().numpy()], 1), device=wanted.device)
+    return torch.as_tensor(np.stack([of_one(w) for w in np.array(wanted.double().cpu())], 1), device=wanted.device)
 
 # %% ../nbs/07_beyond.ipynb #22fa2857
 def _reordered(t, index):

@@ -599,7 +599,7 @@ from .images import IGNORE, PHOTOGRAPHS
 from .interpretability_metrics import EXPLAINERS
 from .preliminaries import class_map
 from .records import Result
-from .segmentation import largest, segment
+from .segmentation import cluster_tree, cut, largest, segment
 from .self_consistency import fit_projection, load_projection
 
 # %% ../nbs/02_segmentation.ipynb #8f0a41bb
@@ -959,13 +959,13 @@ table_entry("table8", "One threshold for all data sets, 0.4", 45, segmented_at, 
 LINES = ["-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1))] # told apart without colours, with the markers
 MARKERS = "osD^v"
 
-def _same_range(axes):
-    "The same vertical range for all of some axes, and round ticks"
+def _same_range(axes, whole):
+    "The same vertical range for all of some axes, and round ticks, whole ones where settings are whole numbers"
     low, high = zip(*(ax.get_ylim() for ax in axes), strict=True)
     for ax in axes:
         ax.set_ylim(min(low), max(high))
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=whole, steps=[1, 2, 5, 10]))
         ax.tick_params(labelsize=8)
 
 # %% ../nbs/02_segmentation.ipynb #1c3354fa
@@ -988,7 +988,8 @@ def figure_curves(results:dict, # model to {layer or other setting: Result}
             if mark is not None: ax.axvline(mark, color=INK, linewidth=.8, linestyle=":", label=f"the paper's {mark:g}")
             ax.set_ylabel(f"{metric} (%)", fontsize=8)
             ax.set_title(model_title(model), fontsize=8, color=INK)
-    for column in axes.T: _same_range(column)
+    whole = all(isinstance(setting, int) for by_setting in results.values() for setting in by_setting)
+    for column in axes.T: _same_range(column, whole)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(metrics),
                fontsize=8, frameon=False, handlelength=3)
     return fig
@@ -1250,8 +1251,8 @@ def _fig12(s):
 # %% ../nbs/02_segmentation.ipynb #1117ddd1
 def _fewer(case, thresholds):
     "How many clusters a threshold leaves more than the next one"
-    ks = [segment(case.maps("sum"), case.backbone.grid, case.size, threshold=t, linkage=case.linkage,
-                  metric=case.metric).k for t in thresholds]
+    tree = cluster_tree(minmax(case.maps("sum")), case.linkage, case.metric)
+    ks = [cut(tree, threshold=t).max() + 1 for t in thresholds]
     names = [f"{low:g} against {high:g}" for low, high in pairwise(thresholds)]
     more = [with_intervals(dict(difference=[many - few])) for many, few in pairwise(ks)]
     return dict(zip(names, more, strict=True))

@@ -355,13 +355,11 @@ def _rows(group, dataset, work, known):
     return [row if sample is None else row | next(found) for row, sample in read]
 
 # %% ../nbs/library/records.ipynb #dc8b2574
-@contextmanager
 def _each(rows, indices, pool, batch, disable=False):
     "Rows in order, with progress; no more than some groups at a time, however long the list"
     groups = [indices[start:start + batch] for start in range(0, len(indices), batch)]
     parts = (part for start in range(0, len(groups), 1024) for part in pool.map(rows, groups[start:start + 1024]))
-    found = (row for part in parts for row in part)
-    with progress(found, "images", len(indices), disable=disable) as measured: yield measured
+    return progress((row for part in parts for row in part), "images", len(indices), disable=disable)
 
 # %% ../nbs/library/records.ipynb #2dddcb1f
 def _list_hash(dataset, n):
