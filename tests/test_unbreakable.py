@@ -510,6 +510,9 @@ def test_7_an_interrupted_import_has_exit_code_130(argv, tmp_path):
         if done.code == 0: break # it has fewer
         assert done.code == 130 and len(done.said) <= 1, (n, done)
 
+# a job in the background ignores interrupts
+HEEDS = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+
 def test_7_an_interrupt_in_code_made_from_text(tmp_path):
     "As a dataclass is: Python then ended by the signal, although 130 was returned"
     (tmp_path / "interrupted.py").write_text("""
@@ -519,16 +522,15 @@ ultra_nb.cli._run = lambda argv: exec("signal.raise_signal(signal.SIGINT)", dict
 sys.exit(ultra_nb.cli.main(["doctor"]))
 """)
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, env=env, capture_output=True, text=True,
+                          preexec_fn=HEEDS)
     assert done.returncode == 130 and done.stderr == "ultra-nb: interrupted\n", done
 
 @pytest.mark.parametrize("seconds", [.8, 1.5, 3])
 def test_7_a_real_interrupt_while_it_starts(seconds, tmp_path):
-    # a job in the background ignores interrupts
-    heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     argv = [sys.executable, "-m", "ultra_nb.cli", "evaluate", "scenes", "--device", "cpu"]
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    going = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heeds)
+    going = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=HEEDS)
     time.sleep(seconds)
     going.send_signal(signal.SIGINT)
     err = going.communicate()[1]
