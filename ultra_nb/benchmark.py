@@ -28,7 +28,7 @@ from tqdm import tqdm
 from . import evaluation
 from .datasets import Pictures
 from .explanation_maps import cotangents, explain, pictures_at_once
-from .figures import INK, charts, line
+from .figures import INK, TYPE, charts, line
 from .interpretability_metrics import legrad_rows
 from .models import Backbone, float32_products, load, wrap
 from .posts import Posts
@@ -334,8 +334,8 @@ def sizes_figure(found:dict # of `bench_sizes`
     ax.set_xticks([], minor=True)
     for s, unit in ((1, "a second"), (60, "a minute"), (3600, "an hour")):
         ax.axhline(s, color=INK, linewidth=.5, linestyle=":")
-        ax.annotate(unit, (pictures[0]["tokens"], s), fontsize=7, va="bottom", color=INK)
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
+        ax.annotate(unit, (pictures[1]["tokens"], s), fontsize=TYPE, va="bottom", color=INK)
+    ax.legend(fontsize=TYPE, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../nbs/library/benchmark.ipynb #b3a8a114

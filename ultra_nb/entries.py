@@ -218,8 +218,8 @@ class Sources(Holdings):
         return [i for i in wanted if i < there] or list(range(min(len(wanted), there)))
 
     def number(self, most:int|None) -> int|None: # of images; None = all
-        "`limit` where it is smaller"
-        return min(filter(None, (most, self.limit)), default=None)
+        "`limit` where there is one"
+        return self.limit or most
 
     def state(self, models:Sequence[str]|None=None, # None = all of the profile
               data:Sequence[str]|None=None # likewise
@@ -386,7 +386,7 @@ def picture_maps(backbone:Backbone, # a vision backbone
 # %% ../nbs/01_explanation_maps.ipynb #0cdecd8a
 from matplotlib.patches import FancyArrowPatch, Rectangle
 import torch
-from .figures import ACCENT, INK, SQUARE, heat_bar, panels, show, token_box
+from .figures import ACCENT, INK, SQUARE, TYPE, heat_bar, panels, show, token_box
 from .preliminaries import attentions, contribution
 from .records import with_intervals
 
@@ -403,8 +403,8 @@ def _arrow(ax, start, end, colour):
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=1.2,
                                  shrinkA=0, shrinkB=0))
 
-def _write(ax, x, y, text, size=10, colour=INK, **style):
-    ax.text(x, y, text, fontsize=size, color=colour, **dict(ha="center", va="center") | style)
+def _write(ax, x, y, text, colour=INK, **style):
+    ax.text(x, y, text, fontsize=TYPE, color=colour, **dict(ha="center", va="center") | style)
 
 def _square(ax, x, y, width, height, colour="none", edge=INK, linewidth=1., zorder=1):
     ax.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor=edge, linewidth=linewidth, zorder=zorder))
@@ -428,7 +428,7 @@ def _draw_picture(ax, image, heat, box):
         if not box: continue
         left, top, width, height = (side * share for share in box)
         _square(ax, x + left, y + side - top - height, width, height, edge=SQUARE, linewidth=1.6, zorder=4)
-    _write(ax, 1.05, 6.45, r"$\mathbf{x}$", 11, va="baseline")
+    _write(ax, 1.05, 6.45, r"$\mathbf{x}$", va="baseline")
 
 # %% ../nbs/01_explanation_maps.ipynb #8f0e4b8c
 def _draw_blocks(ax, Gs):
@@ -437,9 +437,9 @@ def _draw_blocks(ax, Gs):
     words = ("block 1", "(1,l)"), ("block b", "(b,l)"), ("block l-1", "(l-1,l)")
     for x, G, (block, upper) in zip(BLOCKS_AT, shown, words, strict=True):
         _square(ax, x, 4.5, 1.8, 1.5, "#eceff1")
-        _write(ax, x + .9, 5.25, block, 9)
+        _write(ax, x + .9, 5.25, block)
         _arrow(ax, (x + .9, 4.45), (x + .9, 2.9), ACCENT)
-        _write(ax, x + 1.05, 3.65, r"$\nabla_{A_h} f$", 9, ACCENT, ha="left")
+        _write(ax, x + 1.05, 3.65, r"$\nabla_{A_h} f$", ACCENT, ha="left")
         _matrix(ax, G, x, 1., 1.8)
         _write(ax, x + .9, .6, f"$C_i^{{{upper}}}$")
 
@@ -457,16 +457,16 @@ def _draw_paths(ax):
     for start, end in ((2.05, 3.35), (5.25, 7.35), (9.25, 11.35), (13.25, 14.55)):
         _arrow(ax, (start, 5.55), (end, 5.55), INK)
         if start > 3: _arrow(ax, (end, 4.95), (start, 4.95), ACCENT)
-    for x in (6.3, 10.3): _write(ax, x, 5.25, "...", 11)
-    _write(ax, 6.3, 6.55, "forward path", 9, va="baseline")
-    _write(ax, 10.3, 6.55, "backward path", 9, ACCENT, va="baseline")
+    for x in (6.3, 10.3): _write(ax, x, 5.25, "...")
+    _write(ax, 6.3, 6.55, "forward path", va="baseline")
+    _write(ax, 10.3, 6.55, "backward path", ACCENT, va="baseline")
 
 # %% ../nbs/01_explanation_maps.ipynb #b04299a2
 def _draw_product(ax):
     "From the matrices to the map"
-    for x in (6.3, 10.3): _write(ax, x, 1.9, r"$\cdots$", 11)
+    for x in (6.3, 10.3): _write(ax, x, 1.9, r"$\cdots$")
     _arrow(ax, (13.25, 1.9), (15.9, 1.9), INK)
-    _write(ax, 14.55, 2.1, "product,\nrow $i$", 8.5, va="bottom")
+    _write(ax, 14.55, 2.1, "product,\nrow $i$", va="bottom")
     _write(ax, 16.95, .6, r"$\tilde S_i^{(l)}$")
 
 # %% ../nbs/01_explanation_maps.ipynb #25f77989
@@ -516,9 +516,9 @@ def figure3(backbone:Backbone, # a vision backbone
     for token, heat, (top, bottom) in zip(tokens, maps, axes.T[1:], strict=True):
         show(top, pixels, heat, token_box(token, backbone.grid, pixels.shape[:2], backbone.prefix))
         bottom.imshow(heat >= tau, cmap="gray", vmin=0, vmax=1)
-        bottom.set_xlabel(_share(heat >= tau), fontsize=7, color=INK)
+        bottom.set_xlabel(_share(heat >= tau), fontsize=TYPE, color=INK)
     for ax, name in zip(axes[:, 1], (r"(b) $\tilde S_i$", rf"(c) $\tilde S_i \geq {tau:g}$"), strict=True):
-        ax.set_ylabel(name, fontsize=9, color=INK)
+        ax.set_ylabel(name, fontsize=TYPE, color=INK)
     heat_bar(fig, axes)
     return fig
 
@@ -552,10 +552,10 @@ def figure4(backbone:Backbone, # a vision backbone
         maps = picture_maps(backbone, image, rows, layer=layer, **options)
         for ax, heat, box in zip(column, maps, boxes, strict=True):
             show(ax, pixels, heat, box)
-            ax.set_xlabel(f"{100 * (heat >= tau).mean():.0f} %", fontsize=7, color=INK, labelpad=1)
+            ax.set_xlabel(f"{100 * (heat >= tau).mean():.0f} %", fontsize=TYPE, color=INK, labelpad=1)
     for ax, token, box in zip(axes[:, 0], rows, boxes, strict=True):
         show(ax, pixels, box=box)
-        ax.set_ylabel("CLS" if token == 0 else f"token {token}", fontsize=8, color=INK)
+        ax.set_ylabel("CLS" if token == 0 else f"token {token}", fontsize=TYPE, color=INK)
     heat_bar(fig, axes)
     return fig
 
@@ -659,8 +659,8 @@ def _matched(labels, truth, classes):
     return given, Confusion(classes).add(given, truth)
 
 # %% ../nbs/02_segmentation.ipynb #e1002b8d
-def _named(ax, text): ax.set_ylabel(text, fontsize=8, color=INK)
-def _below(ax, text): ax.set_xlabel(text, fontsize=7, color=INK, labelpad=2)
+def _named(ax, text): ax.set_ylabel(text, fontsize=TYPE, color=INK)
+def _below(ax, text): ax.set_xlabel(text, fontsize=TYPE, color=INK, labelpad=2)
 
 # %% ../nbs/02_segmentation.ipynb #16945fd0
 def _class_colours(cases, names):
@@ -966,7 +966,7 @@ def _same_range(axes, whole):
         ax.set_ylim(min(low), max(high))
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=whole, steps=[1, 2, 5, 10]))
-        ax.tick_params(labelsize=8)
+        ax.tick_params(labelsize=TYPE)
 
 # %% ../nbs/02_segmentation.ipynb #1c3354fa
 def figure_curves(results:dict, # model to {layer or other setting: Result}
@@ -986,12 +986,12 @@ def figure_curves(results:dict, # model to {layer or other setting: Result}
                 low, value, high = ([r.metrics[style["label"]][key] for r in by_setting.values()] for key in ends)
                 line(ax, list(by_setting), value, low, high, **style)
             if mark is not None: ax.axvline(mark, color=INK, linewidth=.8, linestyle=":", label=f"the paper's {mark:g}")
-            ax.set_ylabel(f"{metric} (%)", fontsize=8)
-            ax.set_title(model_title(model), fontsize=8, color=INK)
+            ax.set_ylabel(f"{metric} (%)", fontsize=TYPE)
+            ax.set_title(model_title(model), fontsize=TYPE, color=INK)
     whole = all(isinstance(setting, int) for by_setting in results.values() for setting in by_setting)
     for column in axes.T: _same_range(column, whole)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(metrics),
-               fontsize=8, frameon=False, handlelength=3)
+               fontsize=TYPE, frameon=False, handlelength=3)
     return fig
 
 # %% ../nbs/02_segmentation.ipynb #43d7a16b
@@ -1100,12 +1100,11 @@ def figure8(cases:Sequence[Case], # images with full labels, a column each
     return fig
 
 # %% ../nbs/02_segmentation.ipynb #2b893e80
-def faulted(s:Sources, # what is there
-            n:int=24 # scenes that are tried
+def faulted(s:Sources # what is there
            ) -> list: # (scene's place, accuracy by poor labels, accuracy by full ones), the largest loss first
     "How right the segments of ULTra_S are by poor and by full labels, where both have something to tell apart"
     rows = []
-    for i in range(min(n, s.limit or n)):
+    for i in range(len(s.pictures))[:s.number(s.profile.few)]:
         full = Case(s.segmenter, s.pictures[i], layer=s.profile.layer)
         poor = Case(s.segmenter, _poorly(s.pictures[i], s.pictures.classes))
         if len(poor.classes) < 2: continue
@@ -1122,7 +1121,8 @@ def _poorly_labelled(s):
     poor = [Case(s.segmenter, _poorly(case.sample, s.pictures.classes)) for case in full]
     alt = ("A column for each scene: the picture, labels that know only some kinds of thing, the segments that ULTra_S "
            "finds, and labels of all that is there. The segments fit the full labels better than the poor ones.")
-    shown = f"{s.segmenter.name}, layer {s.profile.layer}, {len(rows)} of {s.number(24)} scenes, poor labels made here"
+    tried = s.number(s.profile.few)
+    shown = f"{s.segmenter.name}, layer {s.profile.layer}, {len(rows)} of {tried} scenes, poor labels made here"
     return Made({"figure8": (figure8(full, poor, [*s.pictures.classes, "background"]), alt)}, shown=shown,
                 evidence={f"{model_title(s.segmenter.name)}, {len(every)} scenes": gain})
 
@@ -1161,10 +1161,10 @@ def _draw_tree(ax, tree, thresholds, colour_of, label):
     for lines in ax.collections: lines.set_linewidth(.6)
     for t in thresholds:
         ax.axhline(t, color=ACCENT, linewidth=1, linestyle="--")
-        ax.annotate(rf"$\zeta = {t:g}$", (1, t), xycoords=("axes fraction", "data"), fontsize=8, color=ACCENT)
+        ax.annotate(rf"$\zeta = {t:g}$", (1, t), xycoords=("axes fraction", "data"), fontsize=TYPE, color=ACCENT)
     ax.set_ylim(0, 1.08 * max(*thresholds, tree[-1, 2]))
-    ax.set_ylabel(label, fontsize=8)
-    ax.tick_params(labelsize=7)
+    ax.set_ylabel(label, fontsize=TYPE)
+    ax.tick_params(labelsize=TYPE)
     ax.spines[["top", "right"]].set_visible(False)
     return leaves
 
@@ -1195,6 +1195,7 @@ def _draw_nodes(fig, rows, case, maps, top, thresholds):
     for row, nodes, draw, end in ((rows[0], roots, cluster, 0), (rows[2], some, leaf, 1)):
         cells, tied = row.subgridspec(1, len(nodes)), {node: (places[node], colour_of(node)) for node in nodes}
         _thumbnails(fig, ax, cells, tied, draw, end)
+    heat_bar(fig, ax)
 
 # %% ../nbs/02_segmentation.ipynb #839331be
 def _shades(coarse, fine, colours):
@@ -1210,7 +1211,7 @@ def _titled(fig, cell, picture, title, below):
     ax.imshow(picture)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.set_title(title, fontsize=8, color=INK)
+    ax.set_title(title, fontsize=TYPE, color=INK)
     _below(ax, below)
 
 # %% ../nbs/02_segmentation.ipynb #d3c5be44
@@ -1312,10 +1313,10 @@ def figure9(backbone:Backbone, # a vision backbone
         box = token_box(token, backbone.grid, backbone.size, backbone.prefix)
         show(row[0], picture, box=box)
         show(row[1], picture, heat, box)
-        row[0].set_ylabel(f"token {token}", fontsize=8, color=INK)
+        row[0].set_ylabel(f"token {token}", fontsize=TYPE, color=INK)
         for ax, (name, changed) in zip(row[2:], copies.items(), strict=True):
             show(ax, _as_pictures(backbone, changed[i:i + 1])[0], box=box)
-            ax.set_xlabel(rf"$\Vert z_i - \tilde z_i \Vert = {moved[name][i]:.1f}$", fontsize=7, color=INK)
+            ax.set_xlabel(rf"$\Vert z_i - \tilde z_i \Vert = {moved[name][i]:.1f}$", fontsize=TYPE, color=INK)
     heat_bar(fig, axes)
     return fig, moved
 
@@ -1411,9 +1412,7 @@ def figure5(models:dict, # title to a language model with its tokenizer
         backbone, backbone.tokenizer, post.context, post.summary, **options)
     parts = {f"{post.name}, {title}": scores(backbone, post) for post in posts for title, backbone in models.items()}
     longest = max(len(f"TL;DR: {post.summary}") for post in posts) # stands on one line
-    fig = text_figure(parts, columns=longest)
-    fig.set_size_inches(.09 * longest, fig.get_figheight())
-    return fig
+    return text_figure(parts, columns=longest)
 
 # %% ../nbs/05_summarization.ipynb #fea58ec2
 @entry("fig5", "Token contribution scores in text summarisation", "a language model", 5)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .beyond import joint_segment, middle_tokens
 from .datasets import Pictures, Sample
 from .explanation_maps import explain, latents, patch_of, pictures_at_once, suppress_self
-from .images import IGNORE
+from .images import AT_ONCE, IGNORE
 from .models import Backbone
 from .preliminaries import shared_passes
 from .records import Result, measure
@@ -37,13 +37,17 @@ def tally(labels:np.ndarray, # whole numbers 0..rows-1, any shape
     "Counts pairs of label and true class. Raises ValueError for shapes that differ and numbers outside the table"
     if labels.shape != truth.shape:
         raise ValueError(f"labels {list(labels.shape)} and truth {list(truth.shape)} differ in shape")
-    labels, truth = (a[truth != IGNORE].astype(np.int64) for a in (labels, truth))
-    if not labels.size: return np.zeros((rows, classes), np.int64)
-    low, high = labels.min(), labels.max()
-    if low < 0 or high >= rows: raise ValueError(f"label {high if high >= rows else low} is outside 0..{rows - 1}")
-    if truth.min() < 0 or truth.max() >= classes:
-        raise ValueError(f"true class {truth.max()} is outside 0..{classes - 1}; {IGNORE} means ignore")
-    return np.bincount(labels * classes + truth, minlength=rows * classes).reshape(rows, classes)
+    counts, labels, truth = np.zeros(rows * classes, np.int64), labels.ravel(), truth.ravel()
+    for start in range(0, len(labels), AT_ONCE):
+        label, true = (a[start:start + AT_ONCE] for a in (labels, truth))
+        label, true = (a[true != IGNORE].astype(np.int64) for a in (label, true))
+        if not label.size: continue
+        low, high = label.min(), label.max()
+        if low < 0 or high >= rows: raise ValueError(f"label {high if high >= rows else low} is outside 0..{rows - 1}")
+        if true.min() < 0 or true.max() >= classes:
+            raise ValueError(f"true class {true.max()} is outside 0..{classes - 1}; {IGNORE} means ignore")
+        counts += np.bincount(label * classes + true, minlength=rows * classes)
+    return counts.reshape(rows, classes)
 
 # %% ../nbs/library/evaluation.ipynb #1408fa6f
 class Confusion:
@@ -142,7 +146,7 @@ class _Asked:
 
     @cached_property
     def truth(self) -> np.ndarray: # position in `classes` of each pixel's class, 255 = ignore [H, W]
-        index = np.full(256, IGNORE)
+        index = np.full(256, IGNORE, np.uint8)
         index[self.classes] = np.arange(len(self.classes))
         return index[self.sample.mask]
 
@@ -295,20 +299,22 @@ def _unpacked(text, rows):
     return np.frombuffer(base64.b64decode(text), np.float16).reshape(rows, -1).astype(np.float32)
 
 # %% ../nbs/library/evaluation.ipynb #451b9451
+def _tallied(case, method, described):
+    "Pixel counts of an image's segments [K, C], and their features where they are asked for [K, D]"
+    labels = method(case)
+    seen = np.bincount(labels.ravel()) > 0 # a segment without a pixel is none
+    features = segment_features(labels, case.latents, case.backbone.grid)[seen] if described else None
+    return tally(labels, case.truth, len(seen), len(case.classes))[seen], features
+
 def row_of(case:Case, # an image
            methods:dict, # name to method
            described:bool=False # add the features of the segments
           ) -> dict: # as JSON can hold it
     "Segments an image with every method and counts pixels"
-    row: dict = dict(size=list(case.size), classes=case.classes.tolist(), counts={})
-    with shared_passes(): found = {name: method(case) for name, method in methods.items()}
-    for name, segmented in found.items():
-        seen = np.bincount(segmented.ravel()) > 0 # a segment without a pixel is none
-        labels = (seen.cumsum() - 1)[segmented]
-        row["counts"][name] = tally(labels, case.truth, seen.sum(), len(case.classes)).tolist()
-        if not described: continue
-        features = segment_features(labels, case.latents, case.backbone.grid)
-        row.setdefault("described", {})[name] = _packed(features)
+    with shared_passes(): found = {name: _tallied(case, method, described) for name, method in methods.items()}
+    row: dict = dict(size=list(case.size), classes=case.classes.tolist())
+    row["counts"] = {name: counts.tolist() for name, (counts, _) in found.items()}
+    if described: row["described"] = {name: _packed(features) for name, (_, features) in found.items()}
     return row
 
 # %% ../nbs/library/evaluation.ipynb #9b178cc9

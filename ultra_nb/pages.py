@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from .explanation_maps import explain_layers, minmax, suppress_self, target_tokens, upsample
 from .explorer import PictureExplorer, SummaryExplorer
-from .figures import palette, panels, show, token_box
+from .figures import TYPE, palette, panels, show, token_box
 from .images import EXAMPLE, PHOTOGRAPHS, fitting, photograph
 from .models import Backbone, load
 from .segmentation import cluster_tree
@@ -85,7 +85,7 @@ def maps_figure(backbone:Backbone, # of a vision transformer
     columns = min(len(titles), 6)
     fig, axes = panels(-(-len(titles) // columns), columns, side=2.)
     for ax in axes.flat[len(titles):]: ax.set_axis_off()
-    for ax, title in zip(axes.flat, titles, strict=False): ax.set_title(title, fontsize=9)
+    for ax, title in zip(axes.flat, titles, strict=False): ax.set_title(title, fontsize=TYPE)
     show(axes.flat[0], pixels)
     for ax, token, heat in zip(axes.flat[1:], tokens, heats, strict=False):
         show(ax, pixels, heat, token_box(token, backbone.grid, pixels.shape[:2], backbone.prefix))

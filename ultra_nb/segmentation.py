@@ -88,12 +88,13 @@ def largest(maps:Tensor, # [k, h*w]
             size:tuple[int, int] # (H, W) pixels
            ) -> np.ndarray: # which of the k maps is largest at each pixel, the first of equal ones [H, W]
     "The argmax over maps interpolated to pixels (eq. 8)"
-    best, labels = upsample(maps[0], grid, size), torch.zeros(size, dtype=torch.long, device=maps.device)
+    best, labels = upsample(maps[0], grid, size), torch.zeros(size, dtype=torch.int16, device=maps.device)
     for c, row in enumerate(maps[1:], 1):
         full = upsample(row, grid, size)
         labels.masked_fill_(full > best, c)
         torch.maximum(best, full, out=best)
-    return labels.cpu().numpy()
+        del full # before there is the next one: a large picture's take much memory
+    return labels.cpu().numpy().astype(int)
 
 # %% ../nbs/02_segmentation.ipynb #a0449182
 def segment(maps:Tensor, # one map per patch token, prefix dropped and self entry replaced (`suppress_self`) [n, h*w]
