@@ -591,9 +591,10 @@ def works(cases):
     columns = "models", "tried", "types", "exact and diagonal right", "exact right, diagonal refused", "refused"
     rows = [f"""\
 `explain` gives a right map, or an error of one line that says why it cannot. `make zoo` checks that: it builds
-{tried} small random models as their libraries build them, and compares every exact map with eq. 4-6, and every diagonal one
-with its own definition, both written out in float64 without this library. The largest difference is {worst:.0e} of the
-largest relevance. A type is a class of models; of some types one configuration works and another is refused.""", "",
+{tried} small random models as their libraries build them, and compares every exact map with eq. 4-6, and every
+diagonal one with its own definition, both written out in float64 without this library. The largest difference is
+{worst:.0e} of the largest relevance. A type is a class of models; of some types one configuration works and another is
+refused.""", "",
             f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for where, title in WHERE.items():
         some = [c for c in real if (c["library"], c["kind"]) == where]
