@@ -326,7 +326,7 @@ class _Hooked(_Closing):
     def close(self):
         for b in self.blocks:
             for kept in (b._forward_pre_hooks, b._forward_hooks):
-                for key in [key for key, hook in kept.items() if hook in self.hooks]:
+                for key in [key for key, hook in list(kept.items()) if hook in self.hooks]: # other threads add theirs
                     b._forward_pre_hooks_with_kwargs.pop(key, None)
                     del kept[key]
 
