@@ -966,7 +966,6 @@ def _same_range(axes, whole):
         ax.set_ylim(min(low), max(high))
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=whole, steps=[1, 2, 5, 10]))
-        ax.tick_params(labelsize=TYPE)
 
 # %% ../nbs/02_segmentation.ipynb #1c3354fa
 def figure_curves(results:dict, # model to {layer or other setting: Result}
@@ -986,7 +985,7 @@ def figure_curves(results:dict, # model to {layer or other setting: Result}
                 low, value, high = ([r.metrics[style["label"]][key] for r in by_setting.values()] for key in ends)
                 line(ax, list(by_setting), value, low, high, **style)
             if mark is not None: ax.axvline(mark, color=INK, linewidth=.8, linestyle=":", label=f"the paper's {mark:g}")
-            ax.set_ylabel(f"{metric} (%)", fontsize=TYPE)
+            ax.set_ylabel(f"{metric} (%)")
             ax.set_title(model_title(model), fontsize=TYPE, color=INK)
     whole = all(isinstance(setting, int) for by_setting in results.values() for setting in by_setting)
     for column in axes.T: _same_range(column, whole)
@@ -1100,11 +1099,15 @@ def figure8(cases:Sequence[Case], # images with full labels, a column each
     return fig
 
 # %% ../nbs/02_segmentation.ipynb #2b893e80
+def _looked_at(s):
+    "Places of the scenes that figure 8 looks at"
+    return range(len(s.pictures))[:s.number(s.profile.few)]
+
 def faulted(s:Sources # what is there
            ) -> list: # (scene's place, accuracy by poor labels, accuracy by full ones), the largest loss first
     "How right the segments of ULTra_S are by poor and by full labels, where both have something to tell apart"
     rows = []
-    for i in range(len(s.pictures))[:s.number(s.profile.few)]:
+    for i in _looked_at(s):
         full = Case(s.segmenter, s.pictures[i], layer=s.profile.layer)
         poor = Case(s.segmenter, _poorly(s.pictures[i], s.pictures.classes))
         if len(poor.classes) < 2: continue
@@ -1121,8 +1124,8 @@ def _poorly_labelled(s):
     poor = [Case(s.segmenter, _poorly(case.sample, s.pictures.classes)) for case in full]
     alt = ("A column for each scene: the picture, labels that know only some kinds of thing, the segments that ULTra_S "
            "finds, and labels of all that is there. The segments fit the full labels better than the poor ones.")
-    tried = s.number(s.profile.few)
-    shown = f"{s.segmenter.name}, layer {s.profile.layer}, {len(rows)} of {tried} scenes, poor labels made here"
+    tried = f"{len(rows)} of {len(_looked_at(s))} scenes"
+    shown = f"{s.segmenter.name}, layer {s.profile.layer}, {tried}, poor labels made here"
     return Made({"figure8": (figure8(full, poor, [*s.pictures.classes, "background"]), alt)}, shown=shown,
                 evidence={f"{model_title(s.segmenter.name)}, {len(every)} scenes": gain})
 

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -62,8 +62,8 @@ def show(ax:Axes, # where to draw
 
 # %% ../nbs/library/figures.ipynb #ce0059bc
 def heat_bar(fig:Figure,
-             axes, # the panels with maps, as of `panels`
-             colours="inferno", # name of a colour map, or one; that of `show`
+             axes:Axes|np.ndarray, # the panels with maps, as of `panels`
+             colours:str|Colormap="inferno", # a colour map; that of `show`
              label:str="relevance for the token" # of 0..1
             ):
     "A bar of the colours that stand for 0 to 1"
