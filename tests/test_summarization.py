@@ -79,7 +79,9 @@ def test_trained_llama_and_real_posts():
         for p in two:
             scores = contribution_scores(net, backbone.tokenizer, p.context, p.summary, mode="diagonal", truncate=True)
             parts[f"{p.name}, {backbone.name}"] = scores
-        for ax, (title, found) in zip(text_figure(parts).axes, parts.items(), strict=True):
+        *texts, bar = text_figure(parts).axes
+        assert bar.get_ylabel() == "share of the highest score"
+        for ax, (title, found) in zip(texts, parts.items(), strict=True):
             assert ax.get_title(loc="left") == title and len(ax.patches) == len(found.context.split())
             assert found.scores.isfinite().all()
 
