@@ -1,6 +1,8 @@
 # make reproduce: environment, then every table and figure of the paper on the embedded default, and the report: report/index.html
 # make test:      environment, then all tests, two at a time with one torch thread each
 # make docs:      environment, then the notebooks as a site to read, in _site/ (no Quarto, no network)
+# make figures:   environment, then the chapters draw figures/ again, each file only where it looks different (3 minutes;
+#                 make figures FLAGS=slow also draws 6, 7, 10, 11 and 12, on 200 scenes)
 # make zoo:       environment, then `explain` on some five hundred small models against a reference of its own (6 minutes)
 # make crash:     environment, then every command dies at each of its file operations, and is fuzzed (25 minutes)
 # Python 3.11, 3.12 or 3.13; another interpreter: make test PYTHON=python3.12
@@ -11,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export MPLBACKEND ?= agg
 READY := .venv/ready
 
-.PHONY: reproduce test docs zoo crash environment readme clean
+.PHONY: reproduce test docs figures zoo crash environment readme clean
 
 reproduce: environment
 	$(BIN)/ultra-nb reproduce all
@@ -21,6 +23,9 @@ test: environment
 
 docs: environment
 	$(BIN)/python -W ignore docs/build.py _site
+
+figures: environment
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --file_re '^(index|0[1245]_)' --flags '$(FLAGS)'
 
 zoo: environment
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo.py --out nbs/studies/records/zoo.json
