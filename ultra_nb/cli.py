@@ -126,6 +126,7 @@ def _run(argv):
     "Reads the arguments and runs the command"
     if not argv: return print(FIRST)
     warnings.filterwarnings("ignore", module=r"PIL\.") # a picture that cannot be read is said in one line
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.") # trl's affair, not the user's
     top = parser()
     for before, text in zip(["ultra-nb", *argv], argv, strict=False):
         if re.fullmatch(r"\s*|--[\w-]+=\s*", text): top.error(f"the argument {text!r} after {before} is empty")
