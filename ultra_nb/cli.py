@@ -576,7 +576,7 @@ def _print_result(found, skip_bad):
     if not sys.stdout.isatty(): print(found)
     else:
         for below, (heads, *rows) in found.tables.items(): show_table(rows, heads, below=below)
-    for name, error in found.bad.items(): print(f"not measured: {name}: {error}", file=sys.stderr)
+    for name, error in found.bad.items(): print(_one_line(f"not measured: {name}: {error}"), file=sys.stderr)
     if found.bad and not skip_bad:
         raise ValueError(f"{len(found.bad)} of {found.n + len(found.bad)} images could not be read (listed above); "
                          "mend them and start again, or pass --skip-bad")
@@ -749,7 +749,7 @@ def data_command(args:Namespace # of `_data_options`
     number = f"{report.number} of {report.expected}" if report.expected else report.number
     labels = ", ".join(map(str, report.labels))
     _print_rows([("found:", f"{number} images ({report.split}); labels {labels}")], 7)
-    for problem in report.problems: print(problem, file=sys.stderr)
+    for problem in report.problems: print(_one_line(problem), file=sys.stderr)
     if report.problems:
         raise ValueError(f"{len(report.problems)} of {report.number} images have problems (listed above)")
 

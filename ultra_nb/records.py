@@ -194,6 +194,7 @@ class Run:
             raise ValueError(f"another run is writing to {self.folder}; wait for it, or name another folder") from None
         try:
             if self.rank == 0: _claim_folder(self.folder, self.settings)
+            self.rows() # a damaged one is told before anything is cut
             _drop_half_line(self.part)
         except BaseException:
             self.lock.release()

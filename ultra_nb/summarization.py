@@ -409,7 +409,7 @@ def training_settings(settings, # a settings file's content
         if not isinstance(given(name), str):
             raise ValueError(f"{name}={given(name)!r}: a path, or a repository of the hub")
     for name in ("arguments", "lora"):
-        if not isinstance(given(name) or {}, dict): raise ValueError(f"{name}={given(name)!r}: give names and values")
+        if not isinstance(given(name), dict | None): raise ValueError(f"{name}={given(name)!r}: give names and values")
     return settings
 
 # %% ../nbs/05_summarization.ipynb #84a7cbc1
