@@ -37,7 +37,8 @@ from .records import read_json
 from .scenes import scene
 from .segmentation import cluster_tree, cut, largest
 from .summarization import as_pairs, contribution_scores, explaining_memory, join, train_dpo, training_memory
-from .weights import asset, shortened
+from .screens import shortened
+from .weights import asset
 
 # %% ../nbs/library/benchmark.ipynb #faf24ac2
 def _latent_and_attention(model, blocks, inputs, layer):
@@ -534,7 +535,7 @@ def _tried(stage):
     "What a stage found, or its error in one line"
     try:
         with redirect_stdout(sys.stderr): return stage() # trl prints its logs
-    except Exception as e: return dict(error=f"{type(e).__name__}: {shortened(e)}")
+    except Exception as e: return dict(error=f"{type(e).__name__}: {shortened(e, 200)}")
 
 def bench_gpu(device:torch.device, # a GPU, or a CPU with `quick`
               quick:bool=False # small models, to see that all of it works

@@ -13,7 +13,7 @@ import argparse, contextlib, os, re, signal, sys, threading, warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from .screens import escaped, progress, show_table
+from .screens import escaped, progress, shortened, show_table
 
 # %% ../nbs/library/cli.ipynb #580f820b
 COMMANDS: dict[str, tuple] = {} # name to function, its options and its texts, in the order of `ultra-nb --help`
@@ -31,7 +31,7 @@ def command(name:str, # as typed
 # %% ../nbs/library/cli.ipynb #9b49a243
 class _Parser(argparse.ArgumentParser):
     "One whose errors are one line of bearable length"
-    def error(self, message): super().error(_one_line(message))
+    def error(self, message): super().error(shortened(message))
 
 def _add_command(commands, name, options, **texts):
     "A parser below another, with its options"
@@ -67,12 +67,6 @@ def _safe_streams():
     sys.stdin = sys.stdin or open(0)
     out, err = (_EscapingStream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): yield
-
-# %% ../nbs/library/cli.ipynb #fff3de5d
-def _one_line(text, longest=600):
-    "A text as one line of bearable length"
-    text = " ".join(text.split())
-    return text if len(text) <= longest else f"{text[:longest]}..."
 
 # %% ../nbs/library/cli.ipynb #b5cf99d8
 def _error_message(error):
@@ -150,7 +144,7 @@ def main(argv:list[str]|None=None # arguments; None = the command line's
                 print("ultra-nb: interrupted", file=sys.stderr)
                 return 130
             if not isinstance(error, Exception) or os.environ.get("ULTRA_NB_DEBUG"): raise
-            print(f"ultra-nb: {_one_line(_error_message(error))}", file=sys.stderr)
+            print(f"ultra-nb: {shortened(_error_message(error))}", file=sys.stderr)
             return 1
     return 0
 
@@ -576,7 +570,7 @@ def _print_result(found, skip_bad):
     if not sys.stdout.isatty(): print(found)
     else:
         for below, (heads, *rows) in found.tables.items(): show_table(rows, heads, below=below)
-    for name, error in found.bad.items(): print(_one_line(f"not measured: {name}: {error}"), file=sys.stderr)
+    for name, error in found.bad.items(): print(shortened(f"not measured: {name}: {error}"), file=sys.stderr)
     if found.bad and not skip_bad:
         raise ValueError(f"{len(found.bad)} of {found.n + len(found.bad)} images could not be read (listed above); "
                          "mend them and start again, or pass --skip-bad")
@@ -749,7 +743,7 @@ def data_command(args:Namespace # of `_data_options`
     number = f"{report.number} of {report.expected}" if report.expected else report.number
     labels = ", ".join(map(str, report.labels))
     _print_rows([("found:", f"{number} images ({report.split}); labels {labels}")], 7)
-    for problem in report.problems: print(_one_line(problem), file=sys.stderr)
+    for problem in report.problems: print(shortened(problem), file=sys.stderr)
     if report.problems:
         raise ValueError(f"{len(report.problems)} of {report.number} images have problems (listed above)")
 

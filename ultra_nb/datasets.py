@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from .images import FORMATS, IGNORE, open_image, read_image
 from .scenes import CLASSES, Scenes
-from .screens import progress
+from .screens import progress, shortened
 
 # %% ../nbs/library/datasets.ipynb #a8e19b4a
 class Sample(NamedTuple):
@@ -510,7 +510,7 @@ def check_data(pictures:Pictures # from `open_data`, with `complete=False` when 
     with progress(pictures.files, f"{pictures.name} {pictures.split}") as files:
         for _, *where in files:
             try: labels |= _labels_of(pictures, where)
-            except (OSError, ValueError) as e: problems.append(" ".join(str(e).split()))
+            except (OSError, ValueError) as e: problems.append(shortened(e))
     expected = DATA[pictures.name].counts.get(pictures.split) if pictures.name in DATA else None
     return Report(pictures.name, pictures.split, len(pictures), expected, problems, sorted(labels))
 

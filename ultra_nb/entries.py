@@ -21,6 +21,7 @@ from .figures import redraw, token_at
 from .images import EXAMPLE, credited, photograph
 from .models import Backbone, load, where
 from .records import sides, told
+from .screens import shortened
 from .weights import asset, checksum
 
 # %% ../nbs/library/00_entries.ipynb #78383e4b
@@ -128,7 +129,7 @@ class Holdings:
         if name != "scenes" and name not in self.roots:
             return f"{name} is not here: ultra-nb data {name} tells where to get it, then pass --root {name}=DIR"
         try: self.data(name)
-        except (ValueError, OSError) as e: return " ".join(str(e).split())
+        except (ValueError, OSError) as e: return shortened(e)
         return None
 
     def missing(self, chosen:Sequence[str] # names of entries

@@ -21,6 +21,7 @@ from .figures import INK, SQUARE, blend, token_at, token_box
 from .interpretability_metrics import object_masks
 from .models import Backbone
 from .posts import SEPARATOR
+from .screens import shortened
 from .segmentation import Segmentation, segment
 from .summarization import Scores, coloured_words, join, next_token, window_of, words_of
 
@@ -214,7 +215,7 @@ def _errors_in(status):
         yield
         status.value = ""
     except (ValueError, RuntimeError) as e:
-        line = html.escape(" ".join(str(e).split()))
+        line = html.escape(shortened(e))
         status.value = f'<span role="alert" style="color: var(--jp-error-color1)">{line}</span>'
 
 # %% ../nbs/library/explorer.ipynb #a17a8602

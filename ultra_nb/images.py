@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
+from .screens import shortened
 
 # %% ../nbs/library/images.ipynb #5f80b620
 def to_8bit(image:Image.Image # mode I;16 (any byte order), I or F
@@ -104,7 +105,7 @@ def open_image(path:str|Path # a file of one of `FORMATS`
         raise ValueError(f"{path} is not an image that can be read: save it as PNG or JPEG") from None
     except PermissionError: raise
     except Exception as e:
-        why = " ".join(str(e).split()) or type(e).__name__
+        why = shortened(e) or type(e).__name__
         raise ValueError(f"{path} cannot be read as an image ({why}): copy it again, "
                          "or save it as PNG or JPEG") from None
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from .images import to_rgb
 from .preliminaries import find_blocks
+from .screens import shortened
 from .weights import WeightsError, asset, checksum, fetch, fetch_folder, json_object, misfit, model_misfit
-from .weights import read_weights, shards, shortened
+from .weights import read_weights, shards
 
 # %% ../nbs/library/models.ipynb #e6fcd259
 def preprocess(size:tuple, # height and width of the model's input, pixels
@@ -230,7 +231,7 @@ def _must_fit(wrong, file, name):
 def _why(make, state):
     "What keeps `state` from the model that `make` builds; empty where nothing does"
     try: return model_misfit(make(), state)
-    except Exception as e: return shortened(e)
+    except Exception as e: return shortened(e, 200)
 
 # %% ../nbs/library/models.ipynb #fb4a896e
 def _from_timm(spec, cfg, state, size):
@@ -240,7 +241,7 @@ def _from_timm(spec, cfg, state, size):
     known = {} if classes is None else dict(num_classes=classes)
     make = partial(timm.create_model, spec, **known, **(dict(img_size=size) if size else {}))
     try: return make(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, **known)), ""
-    except Exception as e: return None, _why(make, state) or shortened(e)
+    except Exception as e: return None, _why(make, state) or shortened(e, 200)
 
 # %% ../nbs/library/models.ipynb #d0912710
 def _timm(spec, name, weights, size, dtype):
@@ -356,7 +357,7 @@ def _config(folder):
         raise FileNotFoundError(f"{folder} has no config.json: "
                                 "give a folder as transformers saves it, or download that file too")
     try: return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e: why = shortened(e)
+    except Exception as e: why = shortened(e, 200)
     raise ValueError(f"{folder}/config.json describes no model that transformers knows: {why}")
 
 # %% ../nbs/library/models.ipynb #4ca94474
@@ -453,7 +454,7 @@ def _hf_vision(model, folder, size, **fields):
     if size != native and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
         tower.register_forward_pre_hook(_interpolate, with_kwargs=True)
     try: return wrap(tower, size, **_normalisation(folder), clip=model if pair else None, **fields)
-    except (RuntimeError, TypeError) as e: why = shortened(e)
+    except (RuntimeError, TypeError) as e: why = shortened(e, 200)
     raise ValueError(f"{type(tower).__name__} cannot be used at {size} pixels: {why}")
 
 # %% ../nbs/library/models.ipynb #16d3d978
@@ -470,7 +471,7 @@ def _tokenizer(folder):
     classes = [AutoTokenizer] + [PreTrainedTokenizerFast] * (folder/"tokenizer.json").exists()
     for cls in classes:
         try: return cls.from_pretrained(folder, trust_remote_code=False)
-        except Exception as e: why = shortened(e)
+        except Exception as e: why = shortened(e, 200)
     raise ValueError(f"the tokenizer in {folder} cannot be opened: {why}")
 
 # %% ../nbs/library/models.ipynb #e0964ac5
@@ -491,7 +492,7 @@ def _transformers(spec, name, weights, size, dtype):
     with _quiet():
         try: model, wrong = _from_state(cfg, state, dtype)
         except Exception as e:
-            raise ValueError(f"transformers cannot build the model in {folder}: {shortened(e)}") from None
+            raise ValueError(f"transformers cannot build the model in {folder}: {shortened(e, 200)}") from None
         _must_fit(wrong, at, "the config.json beside it")
         fields = dict(name=name, weights_hash=checksum(*files), tokenizer=_tokenizer(folder))
     return _hf_vision(model, folder, size, **fields) if _sees(cfg) else _hf_language(model, size, **fields)

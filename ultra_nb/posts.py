@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .scenes import Dice, Drawn
+from .screens import shortened
 
 # %% ../nbs/library/posts.ipynb #1dd83df2
 FACTS = "who verb shade thing reason plan day".split() # the kinds
@@ -136,7 +137,7 @@ def _table(path):
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
     try: rows = _numbered(path)
     except (ValueError, csv.Error, RecursionError) as e:
-        why = " ".join(str(e).split())
+        why = shortened(e)
         raise ValueError(f"{path} is not CSV and not JSON lines ({why}): write one JSON object a line") from None
     odd = next((n for n, row in rows if not isinstance(row, dict)), None)
     if odd: raise ValueError(f"{path}, line {odd}: not a JSON object")
@@ -217,7 +218,7 @@ def _hub_rows(name, split):
         raise ImportError("data sets of the hub need the package datasets: pip install 'ultra_nb[llm]'") from None
     try: return list(enumerate(load_dataset(str(name), split=split), 1))
     except Exception as e:
-        why = " ".join(str(e).split())[:120]
+        why = shortened(e, 120)
         raise ValueError(f"{name} is no file here, and the hub gives no such data set ({why}): "
                          "pass a file of JSON lines with prompt, chosen and rejected") from None
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 import numpy as np
 import torch
-from .screens import progress
+from .screens import progress, shortened
 import ultra_nb
 
 # %% ../nbs/library/records.ipynb #a47f2302
@@ -341,7 +341,7 @@ def _read(i, dataset, known):
     "What identifies image i, and the sample to measure; or its row, where it is known or cannot be read, and None"
     try: sample = dataset[i]
     except (ValueError, OSError) as e:
-        return dict(i=i, name=dataset.files[i][0], error=" ".join(str(e).split())), None
+        return dict(i=i, name=dataset.files[i][0], error=shortened(e)), None
     content = hashlib.sha256(np.asarray(sample.image).tobytes() + sample.mask.tobytes()).hexdigest()
     if i not in known: return dict(i=i, name=sample.name, sha256=content), sample
     if known[i]["sha256"] == content: return known[i], None

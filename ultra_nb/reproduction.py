@@ -14,6 +14,7 @@ from .entries import ENTRIES, Sources
 from .figures import PRINTED, save
 from .records import foreign, sealed, write_bytes, write_json, write_record
 from .report import amiss, entry_record, read_note, read_problems, report_page
+from .screens import shortened
 from .weights import checksum
 
 # %% ../nbs/06_reproduction.ipynb #f359a0f5
@@ -92,7 +93,7 @@ def _attempt(s, name, why, say):
     if why != "not there yet": say(f"{name:7} {why}: made again")
     try: made = ENTRIES[name].make(s)
     except (ValueError, OSError, RuntimeError) as e:
-        problem = " ".join(str(e).split())
+        problem = shortened(e)
         say(f"{name:7} not made: {problem}")
         return problem
     _keep(s, name, made, time.monotonic() - start)
