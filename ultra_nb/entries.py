@@ -328,7 +328,8 @@ CLAIMS = {
                    "ought to be better than a much lower or a higher one.",
                    "U.mIoU of ULTra_S at 0.4 minus that at another threshold, on the same images"),
     "fig13": Claim("A lower threshold shows finer parts, a higher one larger groups.",
-                   "how many clusters a threshold leaves, minus how many the next one does")}
+                   "how many clusters a threshold leaves, minus how many the next one does: never below 0, as a "
+                   "higher cut of a tree only joins, so that this asks whether the thresholds tell anything apart")}
 
 # %% ../nbs/library/00_entries.ipynb #5bf82c90
 VERDICTS = {"agrees": "every difference is above 0, with its whole 95 % interval",
