@@ -29,6 +29,7 @@ FAILED = [ # cases that once ended badly
     ("weights", SEGMENT, "vit/preprocessor_config.json", ("json", [1], -1)),
     ("language", TRAIN, "settings.json", ("json", [12], 1)),
     ("language", TRAIN, "settings.json", ("json", [9], 9)),
+    ("language", TRAIN, "settings.json", ("json", [23, 43], 1)),
     ("language", TRAIN, "settings.json", ("flip", [(-86, 5), (.5429178037396605, 3), (.5429178037396605, 3)])),
     ("language", TRAIN, "pairs.jsonl", ("cut", -69)),
     ("language", (*TRAIN, "--data", "pairs.csv"), "pairs.csv", ("cut", 20)),

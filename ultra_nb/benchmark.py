@@ -246,7 +246,7 @@ def _ways(size):
     grid, numbers = (size // 16,) * 2, torch.Generator().manual_seed(0)
     rows = torch.rand(tokens - 1, tokens - 1, generator=numbers)
     return tokens, ways | {"LeGrad": partial(legrad_rows, model, x, layer, range(tokens)),
-                           "class map": partial(class_map, model, x, lambda out: out.sum(-1), blocks=blocks),
+                           "class map": partial(class_map, model, x, lambda out: out[:, 0], blocks=blocks),
                            "tree of the maps": lambda: cut(cluster_tree(rows), k=8),
                            "pixels": partial(largest, rows[:8], grid, (size, size))}
 

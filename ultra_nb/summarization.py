@@ -12,6 +12,7 @@ __all__ = ['WORD_COLOURS', 'SETTINGS', 'TEXT_CONTROLS', 'Joined', 'join', 'Score
 # %% ../nbs/05_summarization.ipynb #4b1bfa4c
 import copy, html, re, textwrap
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -324,23 +325,18 @@ def as_pairs(posts:Sequence, # of `Post`, with a rejected summary
     "Posts as preference pairs"
     return [dict(prompt=p.context + separator, chosen=" " + p.summary, rejected=" " + p.rejected) for p in posts]
 
-# %% ../nbs/05_summarization.ipynb #50001a2d
-def _configured(stage, out, arguments, lora):
-    "trl's trainer of a stage, its arguments, and peft's adapters"
-    with needs("llm"):
-        from peft import LoraConfig
-        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-    trainer, config = (DPOTrainer, DPOConfig) if stage == "dpo" else (SFTTrainer, SFTConfig)
-    args = config(output_dir=str(out), report_to="none", **arguments or {})
-    return trainer, args, None if lora is None else LoraConfig(task_type="CAUSAL_LM", **lora)
-
 # %% ../nbs/05_summarization.ipynb #5f1a77c0
 def _train(stage, model, tokenizer, rows, out, arguments, lora, **own):
     "Trains with trl, from the last checkpoint in `out` if there is one, and leaves model and tokenizer there"
-    with needs("llm"): from datasets import Dataset
+    with needs("llm"):
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
-    trainer, args, adapters = _configured(stage, out, arguments, lora)
+    trainer, config = (DPOTrainer, DPOConfig) if stage == "dpo" else (SFTTrainer, SFTConfig)
+    args = config(output_dir=str(out), report_to="none", **arguments or {})
+    adapters = None if lora is None else LoraConfig(task_type="CAUSAL_LM", **lora)
     going = trainer(model, args=args, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer,
                     peft_config=adapters, **own)
     last = get_last_checkpoint(out) if Path(out).is_dir() else None
@@ -413,6 +409,21 @@ def training_settings(settings, # a settings file's content
     return settings
 
 # %% ../nbs/05_summarization.ipynb #84a7cbc1
+@contextmanager
+def _claimed(folder, settings):
+    "Inside, a folder is that of a training; one that fails before its first checkpoint leaves it as it was"
+    path, new = folder / "settings.json", not folder.exists()
+    first = not path.exists()
+    write_json(path, settings)
+    try: yield
+    except Exception:
+        if first and not any(folder.glob("checkpoint-*")):
+            path.unlink()
+            if new and not any(folder.iterdir()): folder.rmdir()
+        raise
+
+
+# %% ../nbs/05_summarization.ipynb #7b1e2c90
 def train(settings:dict, # stage, model, data, arguments, lora: a settings file's content
           out:str|Path # folder of checkpoints and of the result
          ) -> nn.Module:
@@ -420,12 +431,12 @@ def train(settings:dict, # stage, model, data, arguments, lora: a settings file'
     settings = training_settings(settings)
     pairs = read_pairs(settings["data"], settings.get("split", "train"))
     common: dict[str, Any] = dict(out=out, arguments=settings.get("arguments"), lora=settings.get("lora"))
-    _configured(settings["stage"], **common) # what it refuses leaves no folder behind
     model, tokenizer = pretrained(settings["model"])
-    write_json(Path(out) / "settings.json", settings)
-    if settings["stage"] == "dpo": return train_dpo(model, tokenizer, pairs, **common)
-    rows = [dict(prompt=p["prompt"], completion=p["chosen"]) for p in pairs]
-    return train_sft(model, tokenizer, rows, **common)
+    with _claimed(Path(out), settings):
+        if settings["stage"] == "dpo": return train_dpo(model, tokenizer, pairs, **common)
+        rows = [dict(prompt=p["prompt"], completion=p["chosen"]) for p in pairs]
+        return train_sft(model, tokenizer, rows, **common)
+
 
 # %% ../nbs/05_summarization.ipynb #1199767e
 @torch.no_grad()
