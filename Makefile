@@ -1,7 +1,7 @@
 # make reproduce: environment, then every table and figure of the paper on the embedded default, and the report: report/index.html
 # make test:      environment, then all tests, two at a time with one torch thread each
 # make docs:      environment, then the notebooks as a site to read, in _site/ (no Quarto, no network)
-# make figures:   environment, then the chapters draw figures/ again, each file only where it looks different (3 minutes;
+# make figures:   environment, then the chapters draw figures/ again, each file only where it looks different (2 minutes;
 #                 make figures FLAGS=slow also draws 6, 7, 10, 11 and 12, on 200 scenes)
 # make zoo:       environment, then `explain` on some five hundred small models against a reference of its own (6 minutes)
 # make crash:     environment, then every command dies at each of its file operations, and is fuzzed (25 minutes)

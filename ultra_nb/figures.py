@@ -187,11 +187,11 @@ def _looks_alike(a, b):
     return a.shape == b.shape and ((a - b)**2).mean()**.5 <= SEEN
 
 # %% ../nbs/library/figures.ipynb #ee449dfe
-def redraw(fig:Figure,
+def redraw(fig:Figure|bytes, # or a PNG file
            path:str|Path # a .png
           ) -> Path:
     "Writes a figure, in place of an older one only where that looks different. Raises OSError"
-    path, made = Path(path), _as_file(fig, ".png")
+    path, made = Path(path), fig if isinstance(fig, bytes) else _as_file(fig, ".png")
     return path if path.exists() and _looks_alike(path.read_bytes(), made) else write_bytes(path, made)
 
 # %% ../nbs/library/figures.ipynb #c6caf559
