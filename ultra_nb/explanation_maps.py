@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 import torch.nn.functional as F
 from .models import Backbone, layer_of
 from .preliminaries import DETACHED, RANDOM, Taped, attention_tap, attentions, broken_at, check_order
@@ -93,9 +94,13 @@ def _pulled(taped, cot, wanted, diagonal, batched):
         out = taped(z)
         A = own_attention(tap.attention, z, taped.block)
         if differs(taped, out.detach()): raise ValueError(RANDOM)
-        grads = torch.autograd.grad(out, (A, z)[:wanted], cot.to(out), is_grads_batched=batched, allow_unused=True)
-    if grads[0] is None: raise ValueError(f"{type(taped.block).__name__}: {DETACHED}")
-    return A.detach(), *(z.new_zeros(cot.shape[:-3] + z.shape) if g is None else g for g in grads)
+        def back(cot):
+            grads = torch.autograd.grad(out, (A, z)[:wanted], cot, allow_unused=True)
+            if grads[0] is None: raise ValueError(f"{type(taped.block).__name__}: {DETACHED}")
+            return tuple(torch.zeros_like(z) if g is None else g for g in grads)
+        grads = (vmap(back) if batched else back)(cot.to(out))
+    return A.detach(), *grads
+
 
 # %% ../nbs/01_explanation_maps.ipynb #ba0c9cdb
 def pulled(taped:Taped, # a block with its input
@@ -296,10 +301,10 @@ def _room(device, on_cpu, share):
 
 # %% ../nbs/01_explanation_maps.ipynb #48304fc7
 def _chunk(taped):
-    "Targets per vector-Jacobian product: their largest tensor stays near 32 MB (caches), or a hundredth of a GPU's"
+    "Targets per vector-Jacobian product: their largest tensor stays near 8 MB (caches), or a hundredth of a GPU's"
     A, D = _attention_of(taped), taped.z.shape[-1]
     B, H, N, _ = A.shape
-    return max(1, _room(A.device, 2**25, .01) // (A.element_size() * B * N * max(H * N, 4 * D)))
+    return max(1, _room(A.device, 2**23, .01) // (A.element_size() * B * N * max(H * N, 4 * D)))
 
 # %% ../nbs/01_explanation_maps.ipynb #bffb0f24
 GRAPH = 2**30 # bytes that one graph may take on a CPU
