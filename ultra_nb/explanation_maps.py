@@ -301,10 +301,10 @@ def _room(device, on_cpu, share):
 
 # %% ../nbs/01_explanation_maps.ipynb #48304fc7
 def _chunk(taped):
-    "Targets per vector-Jacobian product: their largest tensor stays near 8 MB (caches), or a hundredth of a GPU's"
+    "Targets per vector-Jacobian product: their largest tensor stays near 16 MB (caches), or a hundredth of a GPU's"
     A, D = _attention_of(taped), taped.z.shape[-1]
     B, H, N, _ = A.shape
-    return max(1, _room(A.device, 2**23, .01) // (A.element_size() * B * N * max(H * N, 4 * D)))
+    return max(1, _room(A.device, 2**24, .01) // (A.element_size() * B * N * max(H * N, 4 * D)))
 
 # %% ../nbs/01_explanation_maps.ipynb #bffb0f24
 GRAPH = 2**30 # bytes that one graph may take on a CPU

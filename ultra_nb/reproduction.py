@@ -93,7 +93,7 @@ def _attempt(s, name, why, say):
     if why != "not there yet": say(f"{name:7} {why}: made again")
     try: made = ENTRIES[name].make(s)
     except (ValueError, OSError, RuntimeError) as e:
-        problem = shortened(e)
+        problem = shortened(e, 5000)
         say(f"{name:7} not made: {problem}")
         return problem
     _keep(s, name, made, time.monotonic() - start)
