@@ -35,9 +35,9 @@ from .posts import Posts
 from .preliminaries import attention_tap, class_map, contribution, find_blocks, forward
 from .records import read_json
 from .scenes import scene
+from .screens import shortened
 from .segmentation import cluster_tree, cut, largest
 from .summarization import as_pairs, contribution_scores, explaining_memory, join, train_dpo, training_memory
-from .screens import shortened
 from .weights import asset
 
 # %% ../nbs/library/benchmark.ipynb #faf24ac2

@@ -101,7 +101,6 @@ def _pulled(taped, cot, wanted, diagonal, batched):
         grads = (vmap(back) if batched else back)(cot.to(out))
     return A.detach(), *grads
 
-
 # %% ../nbs/01_explanation_maps.ipynb #ba0c9cdb
 def pulled(taped:Taped, # a block with its input
            cot:Tensor, # cotangents of the block's output [B, N, D], or a batch of them [C, B, N, D]

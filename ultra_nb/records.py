@@ -184,6 +184,7 @@ class Run:
         self.settings = json.loads(json.dumps(settings | dict(ultra_nb=ultra_nb.__version__)))
         self.salt = sealed(self.settings)["check"] # rows of other settings are none of this run
         self.part = self.folder / f"part-{rank}.jsonl"
+        self.whole = False # has what a kill left of a line been cut from it?
         self.lock = FileLock(self.folder / f".part-{rank}.lock", timeout=0)
 
     def __enter__(self):
@@ -194,8 +195,6 @@ class Run:
             raise ValueError(f"another run is writing to {self.folder}; wait for it, or name another folder") from None
         try:
             if self.rank == 0: _claim_folder(self.folder, self.settings)
-            self.rows() # a damaged one is told before anything is cut
-            _drop_half_line(self.part)
         except BaseException:
             self.lock.release()
             raise
@@ -208,6 +207,8 @@ class Run:
     def add(self, row:dict # a JSON object with its place "i"
            ):
         "Appends a row; it is on its way to the disk when this returns"
+        if not self.whole: _drop_half_line(self.part)
+        self.whole = True
         try:
             with open(self.part, "a", encoding="utf-8") as f: f.write(self._line(row))
         except OSError as e: raise OSError(e.errno, e.strerror, str(self.part)) from None

@@ -27,7 +27,6 @@ def shortened(text, # an exception, or any text
     text = " ".join(str(text).split())
     return text if len(text) <= most else text[:most] + ".."
 
-
 # %% ../nbs/library/screens.ipynb #25db1389
 def show_table(rows:list, # of texts [rows, columns]
                heads:list|None=None, # of the columns, the first of words and the others of numbers; None = all of words

@@ -422,7 +422,6 @@ def _claimed(folder, settings):
             if new and not any(folder.iterdir()): folder.rmdir()
         raise
 
-
 # %% ../nbs/05_summarization.ipynb #7b1e2c90
 def train(settings:dict, # stage, model, data, arguments, lora: a settings file's content
           out:str|Path # folder of checkpoints and of the result
@@ -436,7 +435,6 @@ def train(settings:dict, # stage, model, data, arguments, lora: a settings file'
         if settings["stage"] == "dpo": return train_dpo(model, tokenizer, pairs, **common)
         rows = [dict(prompt=p["prompt"], completion=p["chosen"]) for p in pairs]
         return train_sft(model, tokenizer, rows, **common)
-
 
 # %% ../nbs/05_summarization.ipynb #1199767e
 @torch.no_grad()
