@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 import torch.nn.functional as F
 from .explanation_maps import below, check_finite, cotangents, latents, minmax, upsample
 from .models import Backbone
@@ -145,7 +146,7 @@ def _followed(taped, cot, P, first):
     with torch.enable_grad(), in_place, attention_tap(kind=Parts) as tap:
         out = taped(z)
         A = own_attention(tap.attention, z, taped.block)
-        pull = lambda outs, ins, cots: torch.autograd.grad(outs, ins, cots, retain_graph=True, is_grads_batched=True)
+        pull = lambda outs, ins, cots: vmap(lambda cot: torch.autograd.grad(outs, ins, cot, retain_graph=True))(cots)
         if first: return A.detach(), *pull(out, A, cot.to(out)), None
         dA, u, straight = pull(out, (A, tap.out, z), cot.to(out))
         A = A.detach()
