@@ -1,6 +1,8 @@
 "Odd arguments and damaged files: a sample of what `make crash` tries, what once failed, and what the judge sees."
 import shutil
+from multiprocessing.reduction import ForkingPickler
 import pytest
+import torch
 from hypothesis import given, settings
 import fuzz
 from child import Done
@@ -54,6 +56,7 @@ FAILED = [ # cases that once ended badly
 
 @pytest.fixture(scope="module", autouse=True)
 def materials():
+    ForkingPickler.dumps(torch.zeros(1)) # as after work with other processes, which forks must not mix up with theirs
     yield fuzz.materials()
     shutil.rmtree(fuzz.materials())
 

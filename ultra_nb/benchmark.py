@@ -138,7 +138,7 @@ def _peak(name, settings, x, layer, scalar):
     backbone = load(**settings)
     backbone.model.requires_grad_(False)
     before = resident_memory("VmRSS")
-    _procedures(backbone, x, layer, scalar)[name]()
+    _procedures(backbone, torch.from_numpy(x), layer, scalar)[name]()
     return before and resident_memory("VmHWM") - before
 
 # %% ../nbs/library/benchmark.ipynb #ca8ee8b3
@@ -192,7 +192,7 @@ def bench_maps(backbone:Backbone, # from `load`, on its device
               "diagonal forward passes": best["diagonal"] / best["forward"],
               "exact GFLOP per image": flops.total / batch / 1e9, "machine GFLOP per second": rate / 1e9,
               "exact share of machine rate": flops.total / best["exact"] / rate}
-    return found | (_peaks(procedures, device, settings, x, layer, scalar) if memory else {})
+    return found | (_peaks(procedures, device, settings, x.numpy(), layer, scalar) if memory else {})
 
 # %% ../nbs/library/benchmark.ipynb #1a9a301a
 def bench_table(found:dict # from `bench_maps`
