@@ -171,7 +171,8 @@ def test_train_from_a_settings_file(folder, tmp_path, capsys):
         assert (out / weights).exists()
     last = lambda: capsys.readouterr().err.splitlines()[-1]
     assert main([*argv[:-3], "other.jsonl", *argv[-2:]]) == 1 and "other settings" in last()
-    assert main(["train", "nothing", "--out", str(tmp_path / "new")]) == 1 and not (tmp_path / "new").exists()
+    assert main(["train", "nothing.json", "--out", str(tmp_path / "new")]) == 1 and not (tmp_path / "new").exists()
+    assert last().endswith("no file nothing.json, and what comes with the package is sft_llama2_7b and dpo_llama2_7b")
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}')
     assert main([*argv[:-1], str(tmp_path / "same")]) == 1
     assert "line 1: chosen and rejected are the same" in last()

@@ -816,9 +816,11 @@ def summarize_command(args:Namespace # of `_summarize_options`
     print(write_bytes(args.html, summary_page(shown, args.layer, args.scalar, args.mode).encode()))
 
 # %% ../nbs/library/cli.ipynb #7dc5b6e7
+_SETTINGS = "sft_llama2_7b", "dpo_llama2_7b" # settings that come with the package
+
 def _train_options(parser):
     parser.add_argument("settings", metavar="SETTINGS",
-                        help="a JSON file, or one that comes with the package: sft_llama2_7b, dpo_llama2_7b")
+                        help=f"a JSON file, or one that comes with the package: {', '.join(_SETTINGS)}")
     parser.add_argument("--model", metavar="DIR", help="folder or repository to start from, instead of the settings'")
     parser.add_argument("--data", metavar="FILE", help="JSON lines with prompt, chosen, rejected, or a data set of "
                                                        "the hub, instead of the settings'")
@@ -835,7 +837,11 @@ def train_command(args:Namespace # of `_train_options`
     from ultra_nb.weights import asset
     from ultra_nb.records import foreign, read_json
     from ultra_nb.summarization import train, training_settings
-    path = Path(args.settings) if Path(args.settings).exists() else asset(f"{args.settings}.json")
+    path = Path(args.settings)
+    if not path.exists():
+        if args.settings not in _SETTINGS:
+            raise ValueError(f"no file {path}, and what comes with the package is {' and '.join(_SETTINGS)}")
+        path = asset(f"{args.settings}.json")
     settings = training_settings(read_json(path), args.model, args.data)
     kept = Path(args.out) / "settings.json"
     if kept.exists() and read_json(kept) != settings:
