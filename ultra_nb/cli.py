@@ -838,10 +838,9 @@ def train_command(args:Namespace # of `_train_options`
     from ultra_nb.records import foreign, read_json
     from ultra_nb.summarization import train, training_settings
     path = Path(args.settings)
+    if not path.exists() and args.settings in _SETTINGS: path = asset(f"{args.settings}.json")
     if not path.exists():
-        if args.settings not in _SETTINGS:
-            raise ValueError(f"no file {path}, and what comes with the package is {' and '.join(_SETTINGS)}")
-        path = asset(f"{args.settings}.json")
+        raise ValueError(f"no file {path}, and what comes with the package is {' and '.join(_SETTINGS)}")
     settings = training_settings(read_json(path), args.model, args.data)
     kept = Path(args.out) / "settings.json"
     if kept.exists() and read_json(kept) != settings:
