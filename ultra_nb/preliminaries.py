@@ -510,8 +510,8 @@ def _why_none(block):
 # %% ../nbs/00_preliminaries.ipynb #2262efb7
 def _capped(block):
     "Does a block cap its attention scores (Gemma 2)?"
-    places = (at for m in block.modules() for at in (m, getattr(m, "config", None)))
-    return any(getattr(at, "attn_logit_softcapping", None) for at in places)
+    cap, kept = "attn_logit_softcapping", (vars(m) for m in block.modules())
+    return any(at.get(cap) or getattr(at.get("config"), cap, None) for at in kept)
 
 # %% ../nbs/00_preliminaries.ipynb #7d4c11dd
 def own_attention(attention:list, # what a tap recorded
