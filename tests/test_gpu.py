@@ -77,14 +77,18 @@ def test_where_memory_runs_out_the_chunk_is_halved():
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     asked, rows = [], em._exact_rows
-    def watched(notes, g, tokens, order):
+    def watched(notes, g, tokens, *how):
         asked.append(len(tokens))
-        return rows(notes, g, tokens, order)
+        return rows(notes, g, tokens, *how)
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
     try:
         with mock.patch.object(em, "_exact_rows", watched): found = explain(backbone, x, chunk=197).cpu()
     finally: torch.cuda.set_per_process_memory_fraction(1.)
     assert asked[0] == 197 and asked[1] == 98 and off(found, expected) < 1e-5
+
+def test_compiled_maps():
+    backbone, x = model_and_inputs("scenes_clip", "cuda")
+    assert off(explain(backbone, x, compiled=True), explain(backbone, x).cpu()) < 1e-5
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 def test_class_map_and_rollout(dtype):

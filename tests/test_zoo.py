@@ -1,6 +1,7 @@
 """Architectures as their libraries build them: a sample of the zoo (`make zoo` judges all of it), and what the README
 says of it."""
-import json
+import json, os, shutil
+from collections import Counter
 from pathlib import Path
 import pytest, timm, torch, transformers
 import open_clip
@@ -45,6 +46,21 @@ def test_the_judge_finds_a_map_that_is_off(spoil, monkeypatch):
     monkeypatch.setattr(zoo, "explain", lambda *args, **kwargs: spoil(explain(*args, **kwargs)))
     (found, _), = zoo.sweep([next(i for i, c in enumerate(zoo.zoo()) if c.name == "LlamaForCausalLM")], 1)
     assert found["exact"]["outcome"] == found["diagonal"]["outcome"] == "WRONG"
+
+def test_steps_traced_for_a_compiler_give_right_maps_or_are_refused(monkeypatch):
+    traced = lambda *args, mode, **how: explain(*args, mode=mode, compiled=mode == "exact", **how)
+    monkeypatch.setattr(zoo, "explain", traced)
+    monkeypatch.setattr(torch, "compile", lambda trace, dynamic: trace)
+    outcomes = Counter(r["exact"]["outcome"] for r, _ in zoo.sweep(range(5, len(zoo.zoo()), 23), 1))
+    assert set(outcomes) == {"correct", "refused"} and outcomes["correct"] >= 8
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_compiled_maps():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
+    maps, compiled = (explain(model, x, tokens=range(7), chunk=4, compiled=c) for c in (False, True))
+    assert (maps - compiled).abs().max() < 1e-5 * maps.abs().max()
 
 @pytest.mark.parametrize("name, kwargs, words", [
     ("swin_tiny_patch4_window7_224", {}, "blocks="),

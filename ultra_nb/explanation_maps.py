@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 import torch.nn.functional as F
+from .compiled import compiled_step
 from .models import Backbone, layer_of
 from .preliminaries import DETACHED, RANDOM, Taped, attention_tap, attentions, broken_at, check_order
 from .preliminaries import contribution, differs, find_blocks, gradients, own_attention, row_product, sharing
@@ -127,7 +128,7 @@ def _wide(t):
     return torch.promote_types(t.dtype, torch.float32)
 
 # %% ../nbs/01_explanation_maps.ipynb #a075d745
-def _exact_rows(notes, g, tokens, order):
+def _exact_rows(notes, g, tokens, order, step=_step):
     "Relevance rows [C, B, N] of a chunk of C targets"
     (B, N, D), C = g.shape, len(tokens)
     r, cot, each = g.new_zeros(C, B, N, dtype=_wide(g)), g.new_zeros(C, B, N, D), range(C)
@@ -135,7 +136,7 @@ def _exact_rows(notes, g, tokens, order):
     cot[each, :, tokens] = g[:, tokens].transpose(0, 1) # the gradient of f, at i alone
     Gs = []
     for taped in reversed(notes):
-        G, cot = _step(taped, cot, taped is notes[0], batched=True) # the bracket of eq. 4 [C, B, N, N]
+        G, cot = step(taped, cot, first=taped is notes[0], batched=True) # the bracket of eq. 4 [C, B, N, N]
         if order == "rollout": r = row_product(r, [G.to(r)]) # row i of eq. 5
         else: Gs.insert(0, G.to(r))
     return row_product(r, Gs, order)
@@ -376,20 +377,32 @@ def _in_chunks(rows, tokens, chunk):
         else: tokens = tokens[len(some):]
     return torch.cat(found)
 
+# %% ../nbs/01_explanation_maps.ipynb #c16e0002
+def _equal_chunks(tokens, chunk):
+    "Targets in as few chunks, now of one size"
+    chunks = -(-len(tokens) // chunk)
+    size = -(-len(tokens) // chunks)
+    return torch.cat([tokens, tokens[-1:].expand(chunks * size - len(tokens))]), size
+
 # %% ../nbs/01_explanation_maps.ipynb #3e84a806
-def _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk):
+def _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk, compiled):
     "Relevance rows [B, T, N] of some targets"
     notes, z = _checked(model, inputs, blocks, layer, _check_images)
     tokens, g = target_tokens(tokens, z.shape[1]), cotangents(scalar, z)
-    rows = _in_chunks(lambda some: _exact_rows(notes, g, some, order), tokens, chunk or _chunk(notes[-1]))
-    return rows.transpose(0, 1).contiguous()
+    asked, chunk, step = tokens, chunk or _chunk(notes[-1]), _step
+    if compiled:
+        step = compiled_step(_step)
+        asked, chunk = _equal_chunks(tokens, chunk)
+    rows = _in_chunks(lambda some: _exact_rows(notes, g, some, order, step), asked, chunk)
+    return rows[:len(tokens)].transpose(0, 1).contiguous()
 
 # %% ../nbs/01_explanation_maps.ipynb #fa1715d5
-def _check_options(mode, order, chunk):
+def _check_options(mode, order, chunk, compiled):
     "ValueError for a mode, an order or a chunk that there is not"
     check_order(order)
     if mode not in ("exact", "diagonal"): raise ValueError(f"mode={mode!r}: choose 'exact' or 'diagonal'")
-    if mode == "diagonal" and order == "paper": raise ValueError("order='paper' needs mode='exact'")
+    for option, asked in (("order='paper'", order == "paper"), ("compiled=True", compiled)):
+        if mode == "diagonal" and asked: raise ValueError(f"{option} needs mode='exact'")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}: it must be at least 1")
 
 def _check_maps(rows, model):
@@ -406,13 +419,14 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
             scalar:str|Tensor|Callable="sum", # "sum" | "energy" | "normalized" | W [N, D] or [D] | z to f(z) [B, N]
             mode:str="exact", # "exact" | "diagonal" (all tokens for one backward pass)
             order:str="rollout", # "rollout" C^(l-1)..C^(1) | "paper" C^(1)..C^(l-1) (exact mode only)
-            chunk:int|None=None # targets per vector-Jacobian product; None = chosen from the memory at hand
+            chunk:int|None=None, # targets per vector-Jacobian product; None = chosen from the memory at hand
+            compiled:bool=False # compile first (exact mode only): half a minute once, for many inputs of one shape
            ) -> Tensor: # [B, T, N]: row i of the relevance matrix over all tokens, self entry untouched
     """Explanation maps of latent tokens (eq. 4-6). Raises ValueError, one line, for a layer, token, W, shape or model
     that cannot work"""
-    _check_options(mode, order, chunk)
+    _check_options(mode, order, chunk, compiled)
     model, blocks, layer = _asked(model, inputs, blocks, layer)
-    if mode == "exact": rows = _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk)
+    if mode == "exact": rows = _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk, compiled)
     else:
         rows = _diagonal(model, inputs, blocks, layer, scalar)
         rows = rows[:, target_tokens(tokens, rows.shape[1])]

@@ -360,7 +360,8 @@ def differs(taped:Taped, # a block's first run
             after:Tensor, # what a second run puts out [B, N, D]
             share:float=.05 # of what the block did to a token
            ) -> bool: # has a typical token of some image moved by that share?
-    "Is a second output another one, beyond rounding?"
+    "Is a second output another one, beyond rounding? Not where the first is not noted"
+    if not taped.after.numel(): return False
     if after.shape != taped.after.shape: return True
     moved, done = (after - taped.after).norm(dim=-1), (taped.after - taped.z).norm(dim=-1) # [B, N] each
     rounding = 8 * torch.finfo(after.dtype).eps * taped.after.norm(dim=-1)
