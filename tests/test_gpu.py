@@ -86,9 +86,10 @@ def test_where_memory_runs_out_the_chunk_is_halved():
     finally: torch.cuda.set_per_process_memory_fraction(1.)
     assert asked[0] == 197 and asked[1] == 98 and off(found, expected) < 1e-5
 
-def test_compiled_maps():
+@pytest.mark.parametrize("mode", ["exact", "diagonal"])
+def test_compiled_maps(mode):
     backbone, x = model_and_inputs("scenes_clip", "cuda")
-    assert off(explain(backbone, x, compiled=True), explain(backbone, x).cpu()) < 1e-5
+    assert off(explain(backbone, x, mode=mode, compiled=True), explain(backbone, x, mode=mode).cpu()) < 1e-5
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 def test_class_map_and_rollout(dtype):

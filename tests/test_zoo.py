@@ -47,19 +47,21 @@ def test_the_judge_finds_a_map_that_is_off(spoil, monkeypatch):
     (found, _), = zoo.sweep([next(i for i, c in enumerate(zoo.zoo()) if c.name == "LlamaForCausalLM")], 1)
     assert found["exact"]["outcome"] == found["diagonal"]["outcome"] == "WRONG"
 
-def test_steps_traced_for_a_compiler_give_right_maps_or_are_refused(monkeypatch):
-    traced = lambda *args, mode, **how: explain(*args, mode=mode, compiled=mode == "exact", **how)
-    monkeypatch.setattr(zoo, "explain", traced)
+def test_maps_traced_for_a_compiler_are_right_or_refused(monkeypatch):
+    monkeypatch.setattr(zoo, "explain", lambda *args, **how: explain(*args, **how, compiled=True))
     monkeypatch.setattr(torch, "compile", lambda trace, dynamic: trace)
-    outcomes = Counter(r["exact"]["outcome"] for r, _ in zoo.sweep(range(5, len(zoo.zoo()), 23), 1))
-    assert set(outcomes) == {"correct", "refused"} and outcomes["correct"] >= 8
+    judged = [r for r, _ in zoo.sweep(range(5, len(zoo.zoo()), 23), 1)]
+    for mode in ("exact", "diagonal"):
+        outcomes = Counter(r[mode]["outcome"] for r in judged)
+        assert set(outcomes) == {"correct", "refused"} and outcomes["correct"] >= 8
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-def test_compiled_maps():
+@pytest.mark.parametrize("mode", ["exact", "diagonal"])
+def test_compiled_maps(mode):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, x = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
-    maps, compiled = (explain(model, x, tokens=range(7), chunk=4, compiled=c) for c in (False, True))
+    maps, compiled = (explain(model, x, tokens=range(7), mode=mode, chunk=4, compiled=c) for c in (False, True))
     assert (maps - compiled).abs().max() < 1e-5 * maps.abs().max()
 
 @pytest.mark.parametrize("name, kwargs, words", [

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 import torch.nn.functional as F
-from .compiled import compiled_step
+from .compiled import compiled
 from .models import Backbone, layer_of
 from .preliminaries import DETACHED, RANDOM, Taped, attention_tap, attentions, broken_at, check_order
-from .preliminaries import contribution, differs, find_blocks, gradients, own_attention, row_product, sharing
-from .preliminaries import tape
+from .preliminaries import contribution, differs, find_blocks, gradients, own_attention, row_product
+from .preliminaries import shared_passes, sharing, tape
 
 # %% ../nbs/01_explanation_maps.ipynb #c43ebd69
 def _normalized(z):
@@ -68,6 +68,13 @@ def cotangents(scalar:str|Tensor|Callable, # see the table above
     """The gradient each target starts from. Raises ValueError for latents that are not finite, and where f gives
     another shape, no gradient, or mixes tokens"""
     check_finite(z, "latents")
+    z, f, g = _gradient(scalar, z)
+    if callable(scalar) and _mixes_tokens(f, z, g):
+        raise ValueError("the scalar mixes tokens: f(z)[b, i] must depend on z[b, i] alone")
+    return g
+
+def _gradient(scalar, z):
+    "Tokens, f of each, and its gradient"
     z = z.detach().requires_grad_()
     with torch.enable_grad(): f = scalar_function(scalar, z.shape[1:])(z)
     if f.shape != z.shape[:2]:
@@ -75,10 +82,7 @@ def cotangents(scalar:str|Tensor|Callable, # see the table above
         raise ValueError(f"{shapes}; it must give one number per token, {list(z.shape[:2])}")
     if not f.requires_grad:
         raise ValueError("the scalar passes no gradient to z; write it with differentiable torch operations")
-    g, = torch.autograd.grad(f.sum(), z, retain_graph=True)
-    if callable(scalar) and _mixes_tokens(f, z, g):
-        raise ValueError("the scalar mixes tokens: f(z)[b, i] must depend on z[b, i] alone")
-    return g
+    return z, f, *torch.autograd.grad(f.sum(), z, retain_graph=True)
 
 # %% ../nbs/01_explanation_maps.ipynb #871047da
 def _mixes_tokens(f, z, g):
@@ -123,6 +127,13 @@ def _step(taped, cot, first, **how):
     A, dA, *dz = pulled(taped, cot, 1 if first else 2, **how)
     return contribution(A, dA), dz[0] if dz else None
 
+def _compiled_step(taped, cot, first, **how):
+    "`_step`, compiled"
+    inputs, like = (taped.args, taped.kwargs, taped.z, cot), lambda: _step(taped, cot, first, **how)
+    return compiled(_step_of, taped.block, *inputs, like=like, place=taped.place, first=first, **how)
+
+def _step_of(block, args, kwargs, z, cot, place, **how): return _step(Taped(block, args, kwargs, place, z), cot, **how)
+
 def _wide(t):
     "The type relevance rows are summed in: float32, or float64 for a float64 model"
     return torch.promote_types(t.dtype, torch.float32)
@@ -160,10 +171,10 @@ def _by_block(notes, cot):
         yield G
 
 # %% ../nbs/01_explanation_maps.ipynb #8ce98c4f
-def _at_once(model, inputs, blocks, scalar):
+def _at_once(model, inputs, blocks, scalar, gradient=cotangents):
     "Relevance rows [B, N, N] from one graph of the blocks. Raises RuntimeError where autograd cannot keep or pass it"
     _, As, z, _ = attentions(model, blocks, inputs, diagonal=True, whole=False)
-    grads = torch.autograd.grad(z, As, cotangents(scalar, z), retain_graph=sharing())
+    grads = torch.autograd.grad(z, As, gradient(scalar, z), retain_graph=sharing())
     by_block = zip(reversed(As), reversed(grads), strict=True)
     return _superposed(z, (contribution(A.detach(), dA) for A, dA in by_block))
 
@@ -362,6 +373,26 @@ def _diagonal(model, inputs, blocks, layer, scalar):
     known[question] = found is not None
     return rows if found is None else found
 
+# %% ../nbs/01_explanation_maps.ipynb #c16e0011
+def _rows_of(model, inputs, W, names, scalar):
+    "As `_at_once`, of blocks by name and without a look at numbers"
+    blocks = [model.get_submodule(name) for name in names]
+    with shared_passes(): # of its own: a trace has no numbers to share
+        return _at_once(model, inputs, blocks, scalar or W, lambda *asked: _gradient(*asked)[-1])
+
+def _compiled_diagonal(model, inputs, blocks, layer, scalar):
+    "`_diagonal`, compiled"
+    if not isinstance(scalar, str | Tensor): raise ValueError("compiled=True takes a scalar by its name or a tensor W")
+    known, names = _found.setdefault(blocks[0], {}), {m: name for name, m in model.named_modules()}
+    if not names.keys() >= set(blocks): raise ValueError("compiled=True needs blocks that are submodules of the model")
+    def like():
+        rows = _diagonal(model, inputs, blocks, layer, scalar)
+        if known["graph", layer, tuple(map(id, blocks)), _kind(inputs)]: return rows
+        raise ValueError("the blocks cannot be run in one graph of this size: leave compiled=True out")
+    W, named = (scalar, None) if isinstance(scalar, Tensor) else (None, scalar)
+    parts = tuple(names[b] for b in blocks[:layer - 1])
+    return compiled(_rows_of, model, inputs, W, like=like, names=parts, scalar=named)
+
 # %% ../nbs/01_explanation_maps.ipynb #1040a551
 _ALONE = "out of memory with one target at a time: take a smaller batch or smaller inputs, or mode='diagonal'"
 
@@ -391,18 +422,17 @@ def _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk, compiled)
     tokens, g = target_tokens(tokens, z.shape[1]), cotangents(scalar, z)
     asked, chunk, step = tokens, chunk or _chunk(notes[-1]), _step
     if compiled:
-        step = compiled_step(_step)
+        step = _compiled_step
         asked, chunk = _equal_chunks(tokens, chunk)
     rows = _in_chunks(lambda some: _exact_rows(notes, g, some, order, step), asked, chunk)
     return rows[:len(tokens)].transpose(0, 1).contiguous()
 
 # %% ../nbs/01_explanation_maps.ipynb #fa1715d5
-def _check_options(mode, order, chunk, compiled):
+def _check_options(mode, order, chunk):
     "ValueError for a mode, an order or a chunk that there is not"
     check_order(order)
     if mode not in ("exact", "diagonal"): raise ValueError(f"mode={mode!r}: choose 'exact' or 'diagonal'")
-    for option, asked in (("order='paper'", order == "paper"), ("compiled=True", compiled)):
-        if mode == "diagonal" and asked: raise ValueError(f"{option} needs mode='exact'")
+    if mode == "diagonal" and order == "paper": raise ValueError("order='paper' needs mode='exact'")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}: it must be at least 1")
 
 def _check_maps(rows, model):
@@ -420,15 +450,15 @@ def explain(model:nn.Module|Backbone, # any transformer of timm, open_clip or tr
             mode:str="exact", # "exact" | "diagonal" (all tokens for one backward pass)
             order:str="rollout", # "rollout" C^(l-1)..C^(1) | "paper" C^(1)..C^(l-1) (exact mode only)
             chunk:int|None=None, # targets per vector-Jacobian product; None = chosen from the memory at hand
-            compiled:bool=False # compile first (exact mode only): half a minute once, for many inputs of one shape
+            compiled:bool=False # compile first, which takes a while: for many inputs of one shape
            ) -> Tensor: # [B, T, N]: row i of the relevance matrix over all tokens, self entry untouched
     """Explanation maps of latent tokens (eq. 4-6). Raises ValueError, one line, for a layer, token, W, shape or model
     that cannot work"""
-    _check_options(mode, order, chunk, compiled)
+    _check_options(mode, order, chunk)
     model, blocks, layer = _asked(model, inputs, blocks, layer)
     if mode == "exact": rows = _exact(model, inputs, blocks, layer, scalar, tokens, order, chunk, compiled)
     else:
-        rows = _diagonal(model, inputs, blocks, layer, scalar)
+        rows = (_compiled_diagonal if compiled else _diagonal)(model, inputs, blocks, layer, scalar)
         rows = rows[:, target_tokens(tokens, rows.shape[1])]
     _check_maps(rows, model)
     return rows

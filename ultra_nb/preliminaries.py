@@ -12,6 +12,7 @@ __all__ = ['RANDOM', 'DETACHED', 'paper_block', 'plain_attention', 'diagonal_att
 import random, sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from ctypes import string_at
 from dataclasses import dataclass, field
 from inspect import signature
 from threading import get_ident, local
@@ -351,7 +352,7 @@ RANDOM = ("the forward pass is random (dropout, dropped or masked patches): call
 def _dice():
     "Where the generators stand that a model may draw random numbers from"
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    drawn = [t.numpy().tobytes() for t in (torch.get_rng_state(), *on_gpu)]
+    drawn = [string_at(t.data_ptr(), t.nbytes) for t in (torch.get_rng_state(), *on_gpu)] # no operation to be traced
     _, words, place, *_ = np.random.get_state()
     return drawn, random.getstate(), words.tobytes(), place
 
