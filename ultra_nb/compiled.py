@@ -26,7 +26,7 @@ class _Done(nn.Module):
     def forward(self, *args, **how): return self.do(self.module, *args, **how)
 
 # %% ../nbs/library/compiled.ipynb #725ed09d
-def _read(module, args):
+def _inputs_of(module, args):
     "Weights and buffers of a module by name, tensors among arguments by place, all of the arguments, and their tree"
     leaves, tree = tree_flatten(args)
     state = {f"module.{name}": t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
@@ -34,7 +34,7 @@ def _read(module, args):
 
 def _traced(do, module, args, how):
     "The trace, a function of weights and buffers by name and of the tensors among the arguments"
-    state, tensors, leaves, tree = _read(module, args)
+    state, tensors, leaves, tree = _inputs_of(module, args)
     done = _Done(do, deepcopy(module)) # while it is traced, other threads may run the module itself
     def run(state, tensors):
         args = tree_unflatten([tensors.get(n, leaf) for n, leaf in enumerate(leaves)], tree)
@@ -64,7 +64,7 @@ atexit.register(_made.clear) # while PyTorch can still let them go
 
 def _first(do, module, args, how, like):
     "A compiled trace, once it has given the numbers that `like` gives, up to rounding"
-    given, name = _read(module, args)[:2], type(module).__name__
+    given, name = _inputs_of(module, args)[:2], type(module).__name__
     true = like()
     try:
         made = torch.compile(_traced(do, module, args, how), dynamic=False)
@@ -87,7 +87,7 @@ def compiled(do:Callable, # of a module, arguments and options, to tensors
             ): # what `do` gives, up to rounding
     """What is done with a module, compiled the first time it meets shapes like these. Raises ValueError where that
     cannot be, or gives other numbers"""
-    read, known = _read(module, args), _made.setdefault(module, {})
+    read, known = _inputs_of(module, args), _made.setdefault(module, {})
     question = _depends(do, module, how, *read)
     if question not in known: known[question] = _first(do, module, args, how, like)
     with torch.no_grad(): return known[question](*read[:2])

@@ -374,7 +374,7 @@ def _diagonal(model, inputs, blocks, layer, scalar):
     return rows if found is None else found
 
 # %% ../nbs/01_explanation_maps.ipynb #c16e0011
-def _rows_of(model, inputs, W, names, scalar):
+def _at_once_of(model, inputs, W, names, scalar):
     "As `_at_once`, of blocks by name and without a look at numbers"
     blocks = [model.get_submodule(name) for name in names]
     with shared_passes(): # of its own: a trace has no numbers to share
@@ -391,7 +391,7 @@ def _compiled_diagonal(model, inputs, blocks, layer, scalar):
         raise ValueError("the blocks cannot be run in one graph of this size: leave compiled=True out")
     W, named = (scalar, None) if isinstance(scalar, Tensor) else (None, scalar)
     parts = tuple(names[b] for b in blocks[:layer - 1])
-    return compiled(_rows_of, model, inputs, W, like=like, names=parts, scalar=named)
+    return compiled(_at_once_of, model, inputs, W, like=like, names=parts, scalar=named)
 
 # %% ../nbs/01_explanation_maps.ipynb #1040a551
 _ALONE = "out of memory with one target at a time: take a smaller batch or smaller inputs, or mode='diagonal'"
