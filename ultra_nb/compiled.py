@@ -85,8 +85,7 @@ def compiled(do:Callable, # of a module, arguments and options, to tensors
              like:Callable, # without arguments, to the same numbers by other means; asked once
              **how # options
             ): # what `do` gives, up to rounding
-    """What is done with a module, compiled the first time it meets shapes like these. Raises ValueError where that
-    cannot be, or gives other numbers"""
+    "What is done with a module, compiled when it first meets such shapes. Raises ValueError where that goes wrong"
     read, known = _inputs_of(module, args), _made.setdefault(module, {})
     question = _depends(do, module, how, *read)
     if question not in known: known[question] = _first(do, module, args, how, like)
