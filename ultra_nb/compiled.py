@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from .screens import shortened
 
 # %% ../nbs/library/compiled.ipynb #3a0562d5
 class _Done(nn.Module):
@@ -32,9 +33,8 @@ def _inputs_of(module, args):
     state = {f"module.{name}": t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
     return state, {n: t for n, t in enumerate(leaves) if isinstance(t, Tensor)}, leaves, tree
 
-def _traced(do, module, args, how):
+def _traced(do, module, how, state, tensors, leaves, tree):
     "The trace, a function of weights and buffers by name and of the tensors among the arguments"
-    state, tensors, leaves, tree = _inputs_of(module, args)
     done = _Done(do, deepcopy(module)) # while it is traced, other threads may run the module itself
     def run(state, tensors):
         args = tree_unflatten([tensors.get(n, leaf) for n, leaf in enumerate(leaves)], tree)
@@ -62,17 +62,15 @@ def _depends(do, module, how, state, tensors, leaves, tree):
 _made: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary() # module -> compiled traces, by what they depend on
 atexit.register(_made.clear) # while PyTorch can still let them go
 
-def _first(do, module, args, how, like):
+def _first(do, module, how, read, like):
     "A compiled trace, once it has given the numbers that `like` gives, up to rounding"
-    given, name = _inputs_of(module, args)[:2], type(module).__name__
-    true = like()
+    true, name = like(), type(module).__name__
     try:
-        made = torch.compile(_traced(do, module, args, how), dynamic=False)
-        with torch.no_grad(): found = made(*given)
+        made = torch.compile(_traced(do, module, how, *read), dynamic=False)
+        with torch.no_grad(): found = made(*read[:2])
     except torch.OutOfMemoryError: raise
     except Exception as e:
-        said = " ".join(str(e).split())[:200]
-        raise ValueError(f"{name} cannot be compiled, leave compiled=True out: {said}") from e
+        raise ValueError(f"{name} cannot be compiled, leave compiled=True out: {shortened(e, 200)}") from e
     for a, b in zip(tree_flatten(found)[0], tree_flatten(true)[0], strict=True):
         if b is not None and not (a - b).abs().max() <= torch.finfo(b.dtype).eps**.5 * b.abs().max():
             raise ValueError(f"{name} gives other numbers once compiled: leave compiled=True out")
@@ -88,5 +86,5 @@ def compiled(do:Callable, # of a module, arguments and options, to tensors
     "What is done with a module, compiled when it first meets such shapes. Raises ValueError where that goes wrong"
     read, known = _inputs_of(module, args), _made.setdefault(module, {})
     question = _depends(do, module, how, *read)
-    if question not in known: known[question] = _first(do, module, args, how, like)
+    if question not in known: known[question] = _first(do, module, how, read, like)
     with torch.no_grad(): return known[question](*read[:2])
